@@ -1,0 +1,56 @@
+# One verb per job. README, pre-commit and continuous integration call these and nothing else.
+#   make train ARGS="--epochs 5"     ARGS is passed on to the command behind train, test, bench and faults
+#   make test PYTHON=python3.12      the Python that .venv is made with, where there is no .venv yet
+
+PYTHON ?= python3
+ARGS   ?=
+BIN    := .venv/bin
+STAMP  := .venv/installed.stamp
+OLD    := pctt needs Python 3.10 or newer, and this one is older
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test check fix bench faults clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## make .venv and install pctt with everything development needs
+
+# An existing .venv is kept and brought up to date; only one that cannot run pip is made again.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || [ -x $(BIN)/python ] || \
+	  { echo "$(PYTHON) not found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(OLD) ($$($(PYTHON) --version 2>&1)): name a newer one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	  $(PYTHON) -m venv --clear .venv || \
+	    { echo "$(PYTHON) -m venv failed: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(OLD) (the one in .venv): delete .venv and name a newer one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+train: $(STAMP)  ## train on the embedded digits; curves and weights go to runs/
+	$(BIN)/pctt train digits $(ARGS)
+
+test: $(STAMP)  ## run the tests; what needs a card or a data set that is absent is skipped and listed
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(STAMP)  ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+fix: $(STAMP)  ## repair what the linter and the formatter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## milliseconds per training batch, beside backprop and the machine's floor
+	$(BIN)/python tools/bench.py $(ARGS)
+
+faults: $(STAMP)  ## plant known faults in a copy and see that the tests notice
+	$(BIN)/python tools/plant_faults.py $(ARGS)
+
+clean:  ## delete .venv, caches and build output; runs/ is kept
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

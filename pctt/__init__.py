@@ -1,0 +1,40 @@
+"""pctt: neural networks trained by predictive coding, on Tenstorrent cards and, by the same program, on the
+CPU.
+"""
+
+from pctt.backends import BackendUnavailable
+from pctt.energies import Categorical, Gaussian
+from pctt.engine import Engine, Status
+from pctt.inference import Inference
+from pctt.layers import Dense
+from pctt.learning import SGD, Adam, AdamW, Constant, WarmupCosine
+from pctt.network import Network, chain, init
+from pctt.queries import InferenceDiverged, InferenceResult, infer, weight_gradients
+from pctt.run import FitResult, Trainer, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "BackendUnavailable",
+    "Categorical",
+    "Constant",
+    "Dense",
+    "Engine",
+    "FitResult",
+    "Gaussian",
+    "Inference",
+    "InferenceDiverged",
+    "InferenceResult",
+    "Network",
+    "Status",
+    "Trainer",
+    "WarmupCosine",
+    "chain",
+    "infer",
+    "init",
+    "load",
+    "weight_gradients",
+]

@@ -1,0 +1,3 @@
+from pctt.backends.operations import Backend, BackendUnavailable, backend
+
+__all__ = ["Backend", "BackendUnavailable", "backend"]

@@ -1,0 +1,517 @@
+"""The command line: pctt train, eval, doctor.
+
+Exit code 0: done; 1: it failed; 2: it was asked for wrongly. On a terminal there is a progress bar, in a pipe
+plain lines, and with --json one JSON object a line on standard output and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pctt.config import RunConfig
+    from pctt.data import Dataset
+    from pctt.run import FitResult, Trainer
+
+OK, FAILED, USAGE = 0, 1, 2
+CONFIG = "config.json"
+CURVES = "curves.png"
+
+
+class UsageError(ValueError):
+    """The command line asked for something that cannot be; exit code 2."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        import tyro
+    except ModuleNotFoundError:
+        return _say_error('the pctt command needs tyro: pip install "pctt[cli]".', FAILED)
+    commands = {"train": train, "eval": evaluate, "doctor": doctor}
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="pctt",
+            description="Neural networks trained by predictive coding.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+        )
+    except UsageError as error:
+        return _say_error(str(error), USAGE)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        return _say_error(str(error), FAILED)
+
+
+def train(
+    what: str,
+    /,
+    *,
+    data: str | None = None,
+    data_dir: str | None = None,
+    algorithm: str | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    set: tuple[str, ...] = (),
+    out: Path | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+    json: bool = False,
+) -> int:
+    """Train a network; leaves config, metrics, checkpoint and curves in a run folder.
+
+    Args:
+        what: A preset (digits, mnist) or the path of a TOML configuration.
+        data: Data set to use instead of the configured one: digits, mnist, fashion_mnist.
+        data_dir: Folder of the data files; else the environment variable PCTT_DATA.
+        algorithm: pc, or backprop for the same network trained by backpropagation.
+        backend: Where to run: reference.
+        device: Device of the backend, e.g. cpu or cuda:0.
+        epochs: Epochs of the whole run.
+        batch_size: Samples per learning step.
+        seed: Of weights, validation split and batch order.
+        set: Any other setting, e.g. --set inference.rate=0.05 learning.rate=5e-4 (values as in TOML).
+        out: Run folder; else runs/NAME-1, runs/NAME-2, ...
+        resume: Go on with the run in --out, bit for bit as if it had never stopped.
+        tensorboard: Mirror the metrics to tensorboard files in the run folder.
+        json: Print JSON lines instead of text.
+    """
+    from pctt.config import to_dict
+
+    config = _override(
+        _configuration(what),
+        {
+            "data.name": data,
+            "data.data_dir": data_dir,
+            "training.algorithm": algorithm,
+            "training.backend": backend,
+            "training.device": device,
+            "training.epochs": epochs,
+            "training.batch_size": batch_size,
+            "training.seed": seed,
+            "training.tensorboard": tensorboard or None,
+            **_assignments(set),
+        },
+    )
+    folder = _run_folder(out, Path(what).stem, resume)
+    report = Reporter(json)
+    if resume:
+        config = _resumed_configuration(folder, config)
+    dataset = _load_data(config)
+    trainer, is_new = _trainer(config, dataset, folder, resume)
+    if is_new:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(folder / CONFIG, _dump(to_dict(config)))
+        trainer.save(folder)
+    return _train(config, dataset, trainer, folder, report, is_new)
+
+
+def _train(
+    config: RunConfig, dataset: Dataset, trainer: Trainer, folder: Path, report: Reporter, is_new: bool
+) -> int:
+    from pctt import record
+    from pctt.data import split_validation
+
+    training, validation = split_validation(dataset.train, config.data.validation, config.training.seed)
+    report.start(config, dataset, trainer, folder, len(training), is_new)
+    metrics = folder / record.FILE_NAME
+    already = record.read(metrics)[-1:] if metrics.is_file() and not is_new else []
+    if already and already[0]["kind"] == "result" and trainer.progress.epoch >= config.training.epochs:
+        report.end(already[0], folder / CURVES, "this run was complete already")
+        return OK
+    resume_after = None if is_new else trainer.progress.step
+    if resume_after is not None and not metrics.is_file():
+        raise ValueError(f"{metrics} is gone, so this run cannot be resumed; begin another one.")
+    with (
+        record.Recorder(folder, config.training.tensorboard, resume_after) as recorder,
+        _stop_on_signals(trainer),
+    ):
+        outcome = trainer.fit(
+            training,
+            config.training.epochs,
+            validation,
+            callbacks=[recorder.log_record, report.event],
+            save_to=folder,
+            save_every=config.training.checkpoint_every,
+        )
+        result: dict[str, Any] = {}
+        if outcome.status.ok:
+            result = {
+                "test_accuracy": trainer.evaluate(dataset.test),
+                "test_samples": len(dataset.test),
+                "epochs": outcome.epochs,
+                "step": outcome.steps,
+            }
+            recorder.log("result", **result)
+    picture = _draw(folder, config)
+    if not outcome.status.ok:
+        return report.failed(outcome, folder)
+    report.end(result, picture, None)
+    return OK
+
+
+def evaluate(run: Path, /, *, data_dir: str | None = None, json: bool = False) -> int:
+    """Accuracy of a trained run on the test data of its data set.
+
+    Args:
+        run: Run folder that `pctt train` wrote.
+        data_dir: Folder of the data files; else the one of the run, else PCTT_DATA.
+        json: Print one JSON object instead of text.
+    """
+    from pctt.run import load
+
+    config = _override(_saved_configuration(run), {"data.data_dir": data_dir})
+    trainer = load(run, config.training.backend, config.training.device)
+    dataset = _load_data(config)
+    accuracy = trainer.evaluate(dataset.test)
+    fields = {
+        "test_accuracy": accuracy,
+        "test_samples": len(dataset.test),
+        "data": dataset.name,
+        "epochs": trainer.progress.epoch,
+        "step": trainer.progress.step,
+    }
+    if json:
+        _print_json("result", fields)
+    else:
+        print(
+            f"{run}: test accuracy {accuracy:.2%} on {len(dataset.test)} samples of {dataset.name}, "
+            f"after {trainer.progress.epoch} epochs."
+        )
+    return OK
+
+
+def doctor(*, data_dir: str | None = None, json: bool = False) -> int:
+    """What this machine can do, what is missing, and the command that would add it.
+
+    Args:
+        data_dir: Folder to look for data in; else the environment variable PCTT_DATA.
+        json: Print one JSON object a line.
+    """
+    from pctt.doctor import examine
+
+    findings = examine(data_dir)
+    for finding in findings:
+        if json:
+            _print_json("finding", finding.__dict__)
+        else:
+            print(f"{'ok     ' if finding.ok else 'missing'}  {finding.name:<12} {finding.detail}")
+            if finding.fix:
+                print(f"{'':21}{finding.fix}")
+    return OK if all(finding.ok for finding in findings if finding.needed) else FAILED
+
+
+# --- configuration ------------------------------------------------------------------------------------------
+
+
+def _configuration(what: str) -> RunConfig:
+    from pctt.config import read_toml
+    from pctt.presets import PRESETS
+
+    if what in PRESETS:
+        return PRESETS[what]()
+    if not what.endswith(".toml"):
+        raise UsageError(
+            f"{what!r} is neither a preset ({', '.join(PRESETS)}) nor the path of a .toml configuration; "
+            "give one of those."
+        )
+    try:
+        return read_toml(Path(what))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _assignments(settings: tuple[str, ...]) -> dict[str, Any]:
+    from pctt.config import parse_value
+
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key:
+            raise UsageError(f"--set takes key=value pairs such as inference.rate=0.05, got {setting!r}.")
+        values[key.strip()] = parse_value(text.strip())
+    return values
+
+
+def _override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """`config` with the given dotted keys replaced; None leaves a key as it is."""
+    from pctt.config import RunConfig, from_dict, to_dict
+
+    entries = to_dict(config)
+    for key, value in values.items():
+        if value is None:
+            continue
+        *path, last = key.split(".")
+        table = entries
+        for part in path:
+            table = table.setdefault(part, {}) if isinstance(table, dict) else None
+        if not isinstance(table, dict):
+            raise UsageError(f"there is no setting {key}.")
+        table[last] = value
+    try:
+        return from_dict(RunConfig, entries)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _saved_configuration(folder: Path) -> RunConfig:
+    from pctt.config import RunConfig, from_dict
+
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no run ({CONFIG} is missing); give the folder that `pctt train` wrote."
+        )
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _resumed_configuration(folder: Path, asked: RunConfig) -> RunConfig:
+    """The configuration of the run in `folder`, with the number of epochs asked for; everything else must
+    agree.
+    """
+    saved = _saved_configuration(folder)
+    free = {"epochs": asked.training.epochs, "tensorboard": asked.training.tensorboard}
+    again = replace(saved, training=replace(saved.training, **free))
+    if again != asked:
+        from pctt.config import to_dict
+
+        key = _first_difference(to_dict(again), to_dict(asked))
+        raise UsageError(
+            f"{folder} was begun with another {key}; leave that setting out to go on with the run, or "
+            "choose another --out."
+        )
+    return again
+
+
+def _first_difference(a: Any, b: Any, place: str = "") -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *b]:
+            if a.get(key) != b.get(key):
+                return _first_difference(a.get(key), b.get(key), f"{place}.{key}" if place else key)
+    return place
+
+
+def _run_folder(out: Path | None, name: str, resume: bool) -> Path:
+    if out is None:
+        if resume:
+            raise UsageError("--resume goes on with the run in --out; name that folder.")
+        number = 1
+        while (Path("runs") / f"{name}-{number}").exists():
+            number += 1
+        return Path("runs") / f"{name}-{number}"
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"{out} exists already; add --resume to go on with the run in it, or choose another --out."
+        )
+    return out
+
+
+def _load_data(config: RunConfig) -> Dataset:
+    from pctt.data import load
+
+    return load(config.data.name, None if config.data.name == "digits" else config.data.data_dir)
+
+
+def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) -> tuple[Trainer, bool]:
+    """The trainer of a run, and whether the run begins here."""
+    from pctt.network import init
+    from pctt.run import CHECKPOINT, Trainer, load
+
+    settings = config.training
+    if resume and (folder / CHECKPOINT).is_file():
+        return load(folder, settings.backend, settings.device), False
+    net = config.network(dataset.train.inputs.shape[1])
+    if net.widths[-1] != dataset.num_classes:
+        raise UsageError(
+            f"the last layer has {net.widths[-1]} units, {dataset.name} has {dataset.num_classes} classes."
+        )
+    trainer = Trainer(
+        net,
+        config.inference,
+        config.learning,
+        weights=init(net, settings.seed, config.init.scheme, config.init.gain),
+        backend=settings.backend,
+        device=settings.device,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        algorithm=settings.algorithm,
+    )
+    return trainer, True
+
+
+@contextmanager
+def _stop_on_signals(trainer: Trainer) -> Generator[None]:
+    """Ctrl-C and SIGTERM end the run after the batch it is at, with a checkpoint; a second one ends it at
+    once.
+    """
+
+    def request(number: int, frame: object) -> None:
+        trainer.stop()
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- output -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reporter:
+    """Tells whoever started the command how it goes."""
+
+    as_json: bool
+    bar: Any = None
+
+    def start(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        trainer: Trainer,
+        folder: Path,
+        num_training: int,
+        is_new: bool,
+    ) -> None:
+        import math
+
+        widths = "-".join(map(str, trainer.net.widths))
+        fields = {
+            "network": widths,
+            "weights": trainer.net.num_weights(),
+            "data": dataset.name,
+            "training_samples": num_training,
+            "validation_samples": len(dataset.train) - num_training,
+            "test_samples": len(dataset.test),
+            "algorithm": config.training.algorithm,
+            "backend": config.training.backend,
+            "seed": config.training.seed,
+            "folder": str(folder),
+            "from_epoch": trainer.progress.epoch,
+            "from_step": trainer.progress.step,
+        }
+        if self.as_json:
+            _print_json("start", fields)
+            return
+        verb = "training" if is_new else f"resuming after batch {trainer.progress.step}:"
+        knobs = config.inference
+        how = f"T={knobs.num_steps}, rate={knobs.rate:g}, {knobs.prediction} prediction"
+        print(
+            f"{verb} {widths} ({trainer.net.num_weights():,} weights) on {dataset.name}: {num_training} "
+            "training, "
+            f"{len(dataset.train) - num_training} validation, {len(dataset.test)} test samples; "
+            f"{'predictive coding, ' + how if config.training.algorithm == 'pc' else 'backpropagation'}; "
+            f"backend {config.training.backend}",
+            flush=True,
+        )
+        if sys.stderr.isatty():
+            self.bar = _progress_bar(
+                config.training.epochs * math.ceil(num_training / trainer.batch_size), trainer.progress.step
+            )
+
+    def event(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "batch" and self.bar is not None:
+            self.bar.update()
+            if fields["step"] % 20 == 0:
+                self.bar.set_postfix_str(
+                    f"epoch {fields['epoch']}, energy {sum(fields['energies'].values()):.4f}"
+                )
+        elif kind == "epoch" and self.as_json:
+            _print_json(kind, fields)
+        elif kind == "epoch":
+            accuracy = fields["validation_accuracy"]
+            line = f"epoch {fields['epoch']:>3}  energy {fields['train_energy']:.5f}" + (
+                f"  validation {accuracy:.2%}" if accuracy is not None else ""
+            )
+            line += f"  {fields['seconds']:.1f} s"
+            if self.bar is not None:
+                self.bar.write(line)
+            else:
+                print(line, flush=True)
+
+    def end(self, result: dict[str, Any], picture: Path | None, note: str | None) -> None:
+        self._close()
+        if self.as_json:
+            _print_json("result", {key: value for key, value in result.items() if key != "kind"})
+            return
+        print(
+            f"test accuracy {result['test_accuracy']:.2%} on {result['test_samples']} samples, "
+            f"after the last of {result['epochs']} epochs" + (f" ({note})" if note else "")
+        )
+        if picture is not None:
+            print(f"curves in {picture}; `pctt eval {picture.parent}` evaluates the run again")
+
+    def failed(self, outcome: FitResult, folder: Path) -> int:
+        self._close()
+        if self.as_json:
+            _print_json(
+                "failed", {"status": outcome.status.name, "message": outcome.message, "step": outcome.steps}
+            )
+        from pctt.engine import Status
+
+        message = outcome.message
+        if outcome.status is Status.STOPPED:
+            message = (
+                f"stopped after batch {outcome.steps}; the same command with --out {folder} --resume goes on."
+            )
+        return _say_error(message, FAILED)
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _progress_bar(total: int, done: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('the progress bar needs tqdm: pip install "pctt[cli]".') from None
+    return tqdm(total=total, initial=done, unit="batch", dynamic_ncols=True, leave=False)
+
+
+def _draw(folder: Path, config: RunConfig) -> Path | None:
+    from pctt import plots, record
+
+    title = f"{folder.name}: {config.data.name}, {config.training.algorithm}, seed {config.training.seed}"
+    try:
+        return plots.draw_run(record.read(folder / record.FILE_NAME), folder / CURVES, title)
+    except ImportError as error:
+        print(f"no picture of the curves: {error}", file=sys.stderr)
+        return None
+
+
+def _print_json(kind: str, fields: dict[str, Any]) -> None:
+    print(json.dumps({"kind": kind, **fields}), flush=True)
+
+
+def _dump(values: Any) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _say_error(message: str, code: int) -> int:
+    print(f"pctt: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

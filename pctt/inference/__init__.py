@@ -1,0 +1,3 @@
+from pctt.inference.settings import Inference
+
+__all__ = ["Inference"]

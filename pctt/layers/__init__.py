@@ -1,0 +1,3 @@
+from pctt.layers.dense import Dense
+
+__all__ = ["Dense"]

@@ -1,0 +1,142 @@
+"""How weights move: local learning rules whose state stands beside the weights of its own layer.
+
+Each rule writes the `update` instructions of a program; the arithmetic is the backend's. `rate` is the
+learning rate eta, `clip_norm` bounds the norm of each layer's own gradient (weight and bias together): a
+bound on the whole network's would not be local.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pctt._checks import require_between, require_finite_positive
+from pctt.learning.schedules import Constant, Schedule
+from pctt.program import LEARNING_RATE, Instruction, Slot
+
+if TYPE_CHECKING:
+    from pctt.assemble import Assembler
+
+
+def _check(rule: SGD | Adam | AdamW) -> None:
+    require_finite_positive("rate", rule.rate)
+    if rule.weight_decay:
+        require_finite_positive("weight_decay", rule.weight_decay)
+    if rule.clip_norm is not None:
+        require_finite_positive("clip_norm", rule.clip_norm)
+
+
+def _write(
+    at: Assembler, op: str, state: tuple[str, ...], rule: SGD | Adam | AdamW, **options: float
+) -> None:
+    """For each layer: clip its gradient, then `op` on its weight and on its bias, each with tensors of its
+    own for `state`.
+    """
+    parameters = [
+        (index, tuple(layer.weight_shapes(1))) for index, layer in enumerate(at.net.layers, start=1)
+    ]
+    if rule.clip_norm is not None:
+        for index, names in parameters:
+            gradients = tuple(at.layer(f"{name}_gradient", index) for name in names)
+            at.code.append(Instruction("clip", gradients, scale=rule.clip_norm))
+    for index, names in parameters:
+        for name in names:
+            out: tuple[Slot, ...] = (
+                at.layer(name, index),
+                *(at.layer(f"{name}_{kind}", index) for kind in state),
+            )
+            gradient = at.layer(f"{name}_gradient", index)
+            at.code.append(
+                Instruction(op, out, (gradient,), scalar=LEARNING_RATE, options=tuple(options.items()))
+            )
+
+
+@dataclass(frozen=True)
+class SGD:
+    """u <- momentum u + (g + weight_decay w),  w <- w - rate u   (as torch.optim.SGD, dampening 0)."""
+
+    rate: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    schedule: Schedule = field(default_factory=Constant)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        require_between("momentum", self.momentum, 0.0, 1.0)
+
+    def write(self, at: Assembler) -> None:
+        state = ("momentum",) if self.momentum else ()
+        _write(at, "sgd", state, self, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Kingma & Ba 2015, algorithm 1, weight decay added to the gradient (as torch.optim.Adam).
+
+    m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  w <- w - rate m^ / (sqrt(v^) + epsilon),
+    where ^ divides by 1 - beta^t.
+    betas: in [0, 1).
+    epsilon: outside the root.
+    """
+
+    rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    schedule: Schedule = field(default_factory=Constant)
+
+    def __post_init__(self) -> None:
+        _check_adam(self)
+
+    def write(self, at: Assembler) -> None:
+        _write_adam(at, "adam", self)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay, w <- w - rate weight_decay w first (Loshchilov & Hutter 2019;
+    torch.optim.AdamW).
+    """
+
+    rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 1e-2
+    clip_norm: float | None = None
+    schedule: Schedule = field(default_factory=Constant)
+
+    def __post_init__(self) -> None:
+        _check_adam(self)
+
+    def write(self, at: Assembler) -> None:
+        _write_adam(at, "adamw", self)
+
+
+def _check_adam(rule: Adam | AdamW) -> None:
+    _check(rule)
+    if isinstance(rule.betas, list):  # as it comes out of TOML or JSON
+        object.__setattr__(rule, "betas", tuple(rule.betas))
+    if len(rule.betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {rule.betas!r}.")
+    for beta in rule.betas:
+        require_between("betas", beta, 0.0, 1.0)
+    require_finite_positive("epsilon", rule.epsilon)
+
+
+def _write_adam(at: Assembler, op: str, rule: Adam | AdamW) -> None:
+    beta1, beta2 = rule.betas
+    _write(
+        at,
+        op,
+        ("first_moment", "second_moment"),
+        rule,
+        beta1=beta1,
+        beta2=beta2,
+        epsilon=rule.epsilon,
+        weight_decay=rule.weight_decay,
+    )
+
+
+Learning = SGD | Adam | AdamW

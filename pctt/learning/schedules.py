@@ -1,0 +1,46 @@
+"""How the learning rate goes with the number of learning steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pctt._checks import require_between
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The rate as given."""
+
+    def factor(self, step: int, total_steps: int) -> float:
+        del step, total_steps
+        return 1.0
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """Linear from 0 to the rate over `warmup` of all steps, then half a cosine down to `final` of it
+    (Loshchilov & Hutter 2017).
+
+    warmup, final: fractions in [0, 1).
+    """
+
+    warmup: float = 0.1
+    final: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_between("warmup", self.warmup, 0.0, 1.0)
+        require_between("final", self.final, 0.0, 1.0)
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """The factor of learning step `step`, counted from 0, of `total_steps`; past the end it stays at
+        `final`.
+        """
+        warmup_steps = self.warmup * total_steps
+        if step < warmup_steps:
+            return (step + 1) / (math.floor(warmup_steps) + 1)
+        progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+        return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+Schedule = Constant | WarmupCosine

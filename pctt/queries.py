@@ -1,0 +1,172 @@
+"""Asking a network: clamp any nodes, relax the others, and read states, energies and weight gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pctt.energies import Categorical
+from pctt.engine import Engine, Status
+from pctt.inference import Inference
+from pctt.network import INPUT, Network, Weights, check_weights
+
+
+class InferenceDiverged(ArithmeticError):
+    """A relaxation ended in a status that is not ok, and the caller asked for that to raise."""
+
+
+@dataclass(frozen=True)
+class InferenceResult:
+    """The state after inference. All tensors are copies, [B, units], keyed by node name.
+
+    activities: of every node.    predictions, errors: of every node but the input; errors = activities -
+    predictions.
+    energy: [steps run + 1, layers], batch mean, row 0 before the first step.
+    status: how it ended.
+    num_steps: steps run.
+    initial: the activities inference started from, which fixed predictions and their weight gradients refer
+    to.
+    """
+
+    activities: dict[str, Tensor]
+    predictions: dict[str, Tensor]
+    errors: dict[str, Tensor]
+    energy: Tensor
+    status: Status
+    num_steps: int
+    inference: Inference
+    initial: dict[str, Tensor]
+    clamped: tuple[str, ...]
+
+
+def infer(
+    net: Network,
+    weights: Weights,
+    clamp: Mapping[str, Tensor],
+    inference: Inference | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    backend: str = "reference",
+    device: str | int | None = None,
+    grouped: bool = True,
+    throw: bool = False,
+) -> InferenceResult:
+    """Relaxes the free nodes with the clamped ones held at data (Whittington & Bogacz 2017, eq. 2.10 to
+    2.13).
+
+    clamp: {node: [B, units]}, any subset of the nodes, at least one.
+    initial: where to start other nodes than at their predictions; an input that is free and not named starts
+    at zero.
+    inference: the knobs, default `Inference()`.
+    backend: "reference".    device: of the backend.    grouped: stack equal layers; the numbers are the same.
+    throw: raise InferenceDiverged unless the status is ok; otherwise look at `status`.
+
+    The result is the state after exactly `num_steps` updates (fewer with a tolerance), with errors and
+    predictions belonging to it. Raises ValueError for unknown nodes, wrong shapes or dtypes, NaN, or targets
+    that are no distributions where the energy is categorical.
+    """
+    inference = inference or Inference()
+    dtype = check_weights(net, weights)
+    given = {**clamp, **(initial or {})}
+    _check_given(net, clamp, initial or {}, dtype)
+    engine = Engine(
+        net, weights, inference, tuple(clamp), tuple(initial or {}), None, backend, device, grouped
+    )
+    relaxation = engine.relax(given, record=True)
+    if throw and not relaxation.status.ok:
+        raise InferenceDiverged(f"{relaxation.status.value}; lower the rate ({inference.rate}).")
+    activities = {
+        name: given[name].clone() if name in clamp else engine.read_node("activity", name)
+        for name in net.nodes
+    }
+    errors = {name: engine.read_node("error", name) for name in net.names}
+    activities = {name: values.to(errors[net.output].device) for name, values in activities.items()}
+    return InferenceResult(
+        activities=activities,
+        predictions={name: activities[name] - errors[name] for name in net.names},
+        errors=errors,
+        energy=torch.tensor(relaxation.trajectory, dtype=dtype),
+        status=relaxation.status,
+        num_steps=relaxation.num_steps,
+        inference=inference,
+        initial={
+            name: engine.read_node("initial" if name in given or name == INPUT else "anchor", name)
+            for name in net.nodes
+        },
+        clamped=tuple(clamp),
+    )
+
+
+def weight_gradients(
+    net: Network,
+    weights: Weights,
+    result: InferenceResult,
+    backend: str = "reference",
+    device: str | int | None = None,
+    grouped: bool = True,
+) -> Weights:
+    """The descent gradient dF/dW of the batch-mean energy at `result`, by the local rules; same tree as
+    `weights`.
+
+    For live predictions it is taken at the final activities, for fixed ones at those inference started from
+    (Millidge et al. 2022). `weights` are those that `result` was inferred with.
+    """
+    # The same program with every node clamped has each layer's source, drive and error at hand without an
+    # inference step; the errors are the result's own, which are more precise in fp32 than activities minus
+    # recomputed predictions.
+    base = result.initial if result.inference.prediction == "fixed" else result.activities
+    at_rest = replace(result.inference, num_steps=0, tolerance=None)
+    engine = Engine(net, weights, at_rest, net.nodes, (), None, backend, device, grouped)
+    engine.relax(base)
+    engine.write_errors(result.errors)
+    engine.compute_gradients()
+    return engine.gradients()
+
+
+def _check_given(
+    net: Network, clamp: Mapping[str, Tensor], initial: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    if not clamp and not initial:
+        raise ValueError("clamp at least one node, e.g. clamp={'input': x}; nothing was given to infer from.")
+    both = sorted(set(clamp) & set(initial))
+    if both:
+        raise ValueError(
+            f"{both[0]!r} is clamped and given an initial activity; a clamped node never moves, so drop one."
+        )
+    sizes: dict[int, str] = {}
+    for name, values in {**clamp, **initial}.items():
+        units = net.widths[net.node_index(name)]
+        if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[1] != units:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"{name!r} must be a tensor of shape [batch, {units}], got {got}.")
+        if values.dtype != dtype:
+            raise ValueError(f"{name!r} is {values.dtype} but the weights are {dtype}; convert one of them.")
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name!r} holds NaN or infinite values; clean the data first.")
+        sizes.setdefault(values.shape[0], name)
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            f"all given nodes must have the same number of samples, at least one, got {sorted(sizes)}."
+        )
+    output = net.layers[-1]
+    if isinstance(output.energy, Categorical):
+        if net.output in initial:
+            raise ValueError(
+                f"{net.output!r} is categorical: free, it follows its prediction, so an initial activity "
+                "has no effect; clamp it."
+            )
+        if net.output in clamp:
+            check_distribution(net.output, clamp[net.output])
+
+
+def check_distribution(name: str, values: Tensor) -> None:
+    """Raises ValueError unless every row of `values` is a distribution over classes."""
+    off = (values < 0).any(-1) | ((values.sum(-1) - 1.0).abs() > 1e-3)
+    if off.any():
+        raise ValueError(
+            f"{name!r} has a categorical energy, so its targets must be distributions (>= 0, sum 1); row "
+            f"{int(off.nonzero()[0])} "
+            "is not; use one-hot or soft labels, or a Gaussian energy."
+        )

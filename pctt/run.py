@@ -1,0 +1,367 @@
+"""The driver: goes over the data, asks the engine for one batch after the other, records, stops, saves and
+resumes.
+
+A run is determined by its configuration and seed. The order of the batches of an epoch is drawn from (seed,
+epoch), so that the counters in `Progress` are all that a resumed run needs beside weights and learning state
+to continue bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pctt import backprop, checkpoint
+from pctt._checks import require_count, require_one_of
+from pctt.config import ALGORITHMS, from_dict, to_dict
+from pctt.data import Split
+from pctt.energies import Categorical
+from pctt.engine import Engine, Relaxation, Status
+from pctt.inference import Inference
+from pctt.learning import Adam, Learning
+from pctt.network import INPUT, Network, Weights, init
+from pctt.queries import check_distribution
+
+CHECKPOINT = "checkpoint.safetensors"
+EVALUATION_BATCH = 1000
+
+Data = Split | tuple[Any, Any]
+Callback = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass
+class Progress:
+    """Where a run is. epoch: epochs done.
+    batch: batches done of the next one.
+    step: learning steps done.
+    energy: sum of the total energies of the samples of the epoch under way.    samples: their number.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    energy: float = 0.0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a fit ended. status: ok, or what stopped it.    message: that in a sentence, with advice.
+    epochs, steps: done in all.    validation_accuracy: after the last epoch, fraction of 1, or None.
+    """
+
+    status: Status
+    message: str
+    epochs: int
+    steps: int
+    validation_accuracy: float | None
+
+
+class Trainer:
+    """Trains a network, by predictive coding or as its backprop twin.
+
+    net, inference, learning: what, how activities move, how weights move.
+    weights: initial ones, else `init(net, seed)`.
+    backend, device: where.    seed: of weights and batch order.    batch_size: samples per learning step.
+    algorithm: "pc" or "backprop".    grouped: stack equal layers; the numbers are the same.
+
+    >>> trainer = Trainer(net, Inference(num_steps=20, rate=0.1), Adam(1e-3))                               #
+    doctest: +SKIP
+    >>> trainer.fit((inputs, labels), epochs=5)                                                             #
+    doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        inference: Inference | None = None,
+        learning: Learning | None = None,
+        *,
+        weights: Weights | None = None,
+        backend: str = "reference",
+        device: str | int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        algorithm: str = "pc",
+        grouped: bool = True,
+    ) -> None:
+        require_count("seed", seed)
+        require_count("batch_size", batch_size, least=1)
+        require_one_of("algorithm", algorithm, ALGORITHMS)
+        self.net = net
+        self.inference = inference or Inference()
+        self.learning = learning or Adam()
+        self.backend = backend
+        self.device = device
+        self.seed = seed
+        self.batch_size = batch_size
+        self.algorithm = algorithm
+        self.grouped = grouped
+        self.progress = Progress()
+        weights = weights if weights is not None else init(net, seed)
+        self.engine = self._engine(weights, self.inference, (INPUT, net.output), self.learning)
+        self._reader: Engine | None = None
+        self._stop_requested = False
+
+    @property
+    def weights(self) -> Weights:
+        """A copy of the weights."""
+        return self.engine.weights()
+
+    # --- training -------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train_data: Data,
+        epochs: int,
+        validation: Data | None = None,
+        callbacks: Sequence[Callback] = (),
+        save_to: str | Path | None = None,
+        save_every: int | None = None,
+    ) -> FitResult:
+        """Trains until `epochs` epochs have been done in all; a trainer that has done some goes on from
+        there.
+
+        train_data, validation: a Split or (inputs [N, D], labels [N] or targets [N, units]), tensors or
+        arrays.
+        callbacks: called as callback(kind, fields) with the records "batch", "epoch" and "trajectory" of
+        docs/runs.md.
+        save_to: folder for a checkpoint after every epoch, and after every `save_every` batches.
+
+        Divergence and NaN end the run before they reach the weights; look at the result's status.
+        Raises ValueError for data that do not fit the network.
+        """
+        require_count("epochs", epochs)
+        inputs, targets, _ = self._data(train_data)
+        held_out = self._data(validation) if validation is not None else None
+        num_batches = math.ceil(len(inputs) / self.batch_size)
+        progress, accuracy, names = self.progress, None, self.net.names
+        self._stop_requested = False
+
+        def emit(kind: str, **fields: Any) -> None:
+            for callback in callbacks:
+                callback(kind, fields)
+
+        while progress.epoch < epochs:
+            started = time.perf_counter()
+            order = self._order(len(inputs), progress.epoch)
+            while progress.batch < num_batches:
+                first = progress.batch * self.batch_size
+                rows = order[first : first + self.batch_size]
+                record = progress.batch == 0
+                rate = self.learning.rate * self.learning.schedule.factor(progress.step, epochs * num_batches)
+                relaxation = self._train_batch(inputs[rows], targets[rows], rate, record)
+                if not relaxation.status.ok:
+                    return self._failed(relaxation)
+                progress.batch += 1
+                progress.step += 1
+                progress.energy += sum(relaxation.energies) * len(rows)
+                progress.samples += len(rows)
+                if record and relaxation.trajectory is not None:
+                    emit("trajectory", step=progress.step, layers=list(names), energy=relaxation.trajectory)
+                emit(
+                    "batch",
+                    step=progress.step,
+                    epoch=progress.epoch + 1,
+                    energies=dict(zip(names, relaxation.energies, strict=True)),
+                    error_norms=dict(zip(names, relaxation.error_norms, strict=True)),
+                    inference_steps=relaxation.num_steps,
+                    learning_rate=rate,
+                )
+                at_end = progress.batch == num_batches
+                due = save_every is not None and progress.step % save_every == 0
+                if save_to is not None and not at_end and (due or self._stop_requested):
+                    self.save(save_to)
+                if self._stop_requested and not at_end:
+                    return self._result(Status.STOPPED, Status.STOPPED.value, accuracy)
+            train_energy = progress.energy / progress.samples
+            progress.epoch, progress.batch, progress.energy, progress.samples = progress.epoch + 1, 0, 0.0, 0
+            accuracy = self._accuracy(held_out[0], held_out[2]) if held_out else None
+            emit(
+                "epoch",
+                epoch=progress.epoch,
+                step=progress.step,
+                train_energy=train_energy,
+                validation_accuracy=accuracy,
+                seconds=time.perf_counter() - started,
+            )
+            if save_to is not None:
+                self.save(save_to)
+            if self._stop_requested:
+                return self._result(Status.STOPPED, Status.STOPPED.value, accuracy)
+        return self._result(Status.COMPLETED, f"{progress.epoch} epochs done", accuracy)
+
+    def stop(self) -> None:
+        """Asks a running `fit` to save and return after the batch it is at; for signal handlers and
+        callbacks.
+        """
+        self._stop_requested = True
+
+    def evaluate(self, data: Data) -> float:
+        """Fraction of the samples whose largest predicted output is at their label (or at the largest
+        target).
+        """
+        inputs, _, labels = self._data(data)
+        return self._accuracy(inputs, labels)
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """The output predicted from `inputs` [N, D] alone, [N, units]: one feedforward sweep."""
+        if self._reader is None:
+            self._reader = self._engine(self.engine.weights(), Inference(num_steps=0), (INPUT,), None)
+        else:
+            self._reader.load_weights(self.engine.weights())
+        outputs = []
+        for start in range(0, len(inputs), EVALUATION_BATCH):
+            self._reader.relax({INPUT: inputs[start : start + EVALUATION_BATCH]})
+            outputs.append(self._reader.read_node("anchor", self.net.output))
+        return torch.cat(outputs)
+
+    def _engine(
+        self, weights: Weights, inference: Inference, clamped: Sequence[str], learning: Learning | None
+    ) -> Engine:
+        return Engine(
+            self.net, weights, inference, clamped, (), learning, self.backend, self.device, self.grouped
+        )
+
+    def _train_batch(self, inputs: Tensor, targets: Tensor, rate: float, record: bool) -> Relaxation:
+        if self.algorithm == "backprop":
+            gradients, loss = backprop.gradients(self.net, self.engine.weights(), inputs, targets)
+            energies = [0.0] * (len(self.net.layers) - 1) + [loss]
+            status = Status.COMPLETED if math.isfinite(loss) else Status.NON_FINITE
+            relaxation = Relaxation(status, energies, [math.sqrt(2.0 * max(0.0, e)) for e in energies], 0)
+            self.engine.load_gradients(gradients)
+        else:
+            relaxation = self.engine.relax({INPUT: inputs, self.net.output: targets}, record)
+            if relaxation.status.ok:
+                self.engine.compute_gradients()
+        if relaxation.status.ok:
+            self.engine.update(rate, self.progress.step + 1)
+        return relaxation
+
+    def _order(self, num_samples: int, epoch: int) -> Tensor:
+        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
+
+    def _accuracy(self, inputs: Tensor, labels: Tensor) -> float:
+        return float((self.predict(inputs).argmax(-1).cpu() == labels).double().mean())
+
+    def _result(self, status: Status, message: str, accuracy: float | None) -> FitResult:
+        return FitResult(status, message, self.progress.epoch, self.progress.step, accuracy)
+
+    def _failed(self, relaxation: Relaxation) -> FitResult:
+        energies = dict(zip(self.net.names, relaxation.energies, strict=True))
+        worst = max(energies, key=lambda name: math.inf if math.isnan(energies[name]) else energies[name])
+        advice = f"lower inference.rate (now {self.inference.rate:g})" + (
+            "" if relaxation.status is Status.DIVERGED else f" or learning.rate (now {self.learning.rate:g})"
+        )
+        message = (
+            f"batch {self.progress.step + 1}: {relaxation.status.value}, worst in layer {worst!r}; the "
+            "weights are those "
+            f"before this batch, and no checkpoint was written since; {advice}."
+        )
+        return self._result(relaxation.status, message, None)
+
+    # --- data -----------------------------------------------------------------------------------------------
+
+    def _data(self, data: Data) -> tuple[Tensor, Tensor, Tensor]:
+        """(inputs, targets, labels) checked and in the engine's dtype: [N, D], [N, units], [N]."""
+        inputs, answers = (data.inputs, data.labels) if isinstance(data, Split) else data
+        inputs, answers = _tensor(inputs), _tensor(answers)
+        units, classes = self.net.input, self.net.widths[-1]
+        if inputs.dim() != 2 or inputs.shape[1] != units:
+            raise ValueError(f"inputs must be [N, {units}] for this network, got {list(inputs.shape)}.")
+        if len(inputs) == 0 or len(inputs) != len(answers):
+            raise ValueError(
+                f"inputs and labels must be as many, at least one; got {len(inputs)} and {len(answers)}."
+            )
+        if not torch.isfinite(inputs).all():
+            row = int((~torch.isfinite(inputs)).any(-1).nonzero()[0])
+            raise ValueError(f"inputs hold NaN or infinite values, first in row {row}; clean the data first.")
+        if answers.dim() == 1 and not answers.is_floating_point():
+            labels = answers.long()
+            off = (labels < 0) | (labels >= classes)
+            if off.any():
+                row = int(off.nonzero()[0])
+                raise ValueError(
+                    f"labels must be 0 to {classes - 1}, as the output has {classes} units; row {row} has "
+                    f"{int(labels[row])}."
+                )
+            targets = torch.nn.functional.one_hot(labels, classes)
+        elif answers.dim() == 2 and answers.shape[1] == classes:
+            targets, labels = answers, answers.argmax(-1)
+            if not torch.isfinite(targets).all():
+                raise ValueError("targets hold NaN or infinite values; clean the data first.")
+            if isinstance(self.net.layers[-1].energy, Categorical):
+                check_distribution(self.net.output, targets)
+        else:
+            raise ValueError(
+                f"labels must be whole numbers [N], or targets [N, {classes}], got {answers.dtype} "
+                f"{list(answers.shape)}."
+            )
+        return inputs.to(self.engine.dtype), targets.to(self.engine.dtype), labels
+
+    # --- storage --------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes weights, learning state and progress to `folder`; the file there before survives any
+        failure.
+        """
+        path = Path(folder) / CHECKPOINT
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = checkpoint.flatten(
+            {"weights": self.engine.weights(), "learning": self.engine.learning_state()}
+        )
+        checkpoint.write(path, tensors, {**self._description(), "progress": asdict(self.progress)})
+        return path
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "network": to_dict(self.net),
+            "inference": to_dict(self.inference),
+            "learning": to_dict(self.learning),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "algorithm": self.algorithm,
+        }
+
+
+def load(folder: str | Path, backend: str = "reference", device: str | int | None = None) -> Trainer:
+    """The trainer that `save` wrote, ready to go on; on any backend, since a checkpoint does not depend on
+    the one that wrote it.
+
+    Raises CheckpointError for a missing or damaged file, ValueError for one of another layout.
+    """
+    path = Path(folder) / CHECKPOINT
+    tensors, description = checkpoint.read(path)
+    try:
+        tree = checkpoint.unflatten(tensors)
+        trainer = Trainer(
+            from_dict(Network, description["network"], "network"),
+            from_dict(Inference, description["inference"], "inference"),
+            from_dict(Learning, description["learning"], "learning"),
+            weights=tree["weights"],
+            backend=backend,
+            device=device,
+            seed=description["seed"],
+            batch_size=description["batch_size"],
+            algorithm=description["algorithm"],
+        )
+        trainer.engine.load_learning_state(tree.get("learning", {}))
+        trainer.progress = from_dict(Progress, description["progress"], "progress")
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"{path} does not hold a run of this version of pctt: {error}."
+        ) from None
+    return trainer
+
+
+def _tensor(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
