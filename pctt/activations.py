@@ -17,9 +17,8 @@ class Activation:
 
     needs_drive: the derivative is computed from z, not from y = f(z).
     elementwise: the Jacobian is diagonal; softmax is the exception, and may stand only at the last layer.
-    gain: standard deviation that kaiming initialisation multiplies by 1/sqrt(fan_in) (He et al. 2015, eq. 10;
-    1 where the
-        paper gives none).
+    gain: what kaiming initialisation multiplies 1/sqrt(fan_in) by (He et al. 2015, eq. 10); 1 where the paper
+        gives none, and that of relu for its smooth relatives.
     """
 
     name: str

@@ -119,12 +119,12 @@ class Assembler:
                 self.emit("fill", deviation, scale=0.0)
                 if index >= 1:
                     self._set_error(index, self.emit("fill", self.node("error", index), scale=0.0))
-            if self.inference.dynamics == "momentum":
-                self.emit("fill", self.node("velocity", index), scale=0.0)
+            for role in DYNAMICS[self.inference.dynamics].state:
+                self.emit("fill", self.node(role, index), scale=0.0)
 
     def _step(self) -> None:
         moved, charged = self.reach.moved, self.reach.charged
-        move = DYNAMICS[self.inference.dynamics]
+        move = DYNAMICS[self.inference.dynamics].move
         reached: set[int] = set()
         for index in sorted(self.free):
             children = [child for child in (index + 1,) if child in charged]
@@ -241,6 +241,13 @@ class Assembler:
     def anchor(self, index: int) -> Slot:
         """The prediction from the initial activities; node 0, which nothing predicts, is its own."""
         return self.node("anchor", index) if index else self.node("initial", 0)
+
+    def change(self, index: int) -> Slot:
+        """x - x0 of node `index`: its deviation, unless it is free and started elsewhere than at p."""
+        if index not in self.given or index == 0:
+            return self.node("deviation", index)
+        activity = self.add(self.node("activity", index), self.anchor(index), self.node("deviation", index))
+        return self.add(self.node("change", index), activity, self.initial_activity(index), scale=-1.0)
 
     def prediction(self, index: int) -> Slot:
         """f_out(z), in the place of z where nothing needs z any more."""

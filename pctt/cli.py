@@ -7,11 +7,12 @@ plain lines, and with --json one JSON object a line on standard output and nothi
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
         )
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        sys.stdout = open(os.devnull, "w")  # or the interpreter complains when it flushes
+        return FAILED
     except UsageError as error:
         return _say_error(str(error), USAGE)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -121,6 +125,7 @@ def _train(
 ) -> int:
     from pctt import record
     from pctt.data import split_validation
+    from pctt.engine import Status
 
     training, validation = split_validation(dataset.train, config.data.validation, config.training.seed)
     report.start(config, dataset, trainer, folder, len(training), is_new)
@@ -153,6 +158,9 @@ def _train(
                 "step": outcome.steps,
             }
             recorder.log("result", **result)
+        elif outcome.status is not Status.STOPPED:
+            failed = {"status": outcome.status.name, "message": outcome.message}
+            recorder.log("failed", step=outcome.steps + 1, **failed)
     picture = _draw(folder, config)
     if not outcome.status.ok:
         return report.failed(outcome, folder)
@@ -205,9 +213,9 @@ def doctor(*, data_dir: str | None = None, json: bool = False) -> int:
         if json:
             _print_json("finding", finding.__dict__)
         else:
-            print(f"{'ok     ' if finding.ok else 'missing'}  {finding.name:<12} {finding.detail}")
+            print(f"{'ok     ' if finding.ok else 'missing'}  {finding.name:<14} {finding.detail}")
             if finding.fix:
-                print(f"{'':21}{finding.fix}")
+                print(f"{'':23}{finding.fix}")
     return OK if all(finding.ok for finding in findings if finding.needed) else FAILED
 
 
@@ -248,7 +256,7 @@ def _override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     from pctt.config import RunConfig, from_dict, to_dict
 
     entries = to_dict(config)
-    for key, value in values.items():
+    for key, value in sorted(values.items(), key=lambda item: not item[0].endswith("kind")):
         if value is None:
             continue
         *path, last = key.split(".")
@@ -257,6 +265,8 @@ def _override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
             table = table.setdefault(part, {}) if isinstance(table, dict) else None
         if not isinstance(table, dict):
             raise UsageError(f"there is no setting {key}.")
+        if last == "kind" and table.get("kind") != value:
+            table.clear()  # the settings of another kind
         table[last] = value
     try:
         return from_dict(RunConfig, entries)
@@ -278,30 +288,41 @@ def _saved_configuration(folder: Path) -> RunConfig:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
+FREE_ON_RESUME = (
+    "data.data_dir",
+    "training.epochs",
+    "training.backend",
+    "training.device",
+    "training.tensorboard",
+)
+"""Settings that may differ when a run goes on: where it runs, how long, and what it reports."""
+
+
 def _resumed_configuration(folder: Path, asked: RunConfig) -> RunConfig:
-    """The configuration of the run in `folder`, with the number of epochs asked for; everything else must
-    agree.
-    """
-    saved = _saved_configuration(folder)
-    free = {"epochs": asked.training.epochs, "tensorboard": asked.training.tensorboard}
-    again = replace(saved, training=replace(saved.training, **free))
-    if again != asked:
-        from pctt.config import to_dict
+    """The configuration of the run in `folder`, which must be the one asked for but for FREE_ON_RESUME."""
+    from pctt.config import RunConfig, from_dict, to_dict
 
-        key = _first_difference(to_dict(again), to_dict(asked))
+    saved, wanted = to_dict(_saved_configuration(folder)), to_dict(asked)
+    for key in FREE_ON_RESUME:
+        table, _, name = key.partition(".")
+        saved[table].pop(name, None)
+        if name in wanted[table]:
+            saved[table][name] = wanted[table][name]
+    if saved != wanted:
+        place, then, now = _first_difference(saved, wanted)
         raise UsageError(
-            f"{folder} was begun with another {key}; leave that setting out to go on with the run, or "
-            "choose another --out."
+            f"the run in {folder} has {place} = {then!r}, not {now!r}; give the settings it was begun with, "
+            "or choose another --out."
         )
-    return again
+    return from_dict(RunConfig, saved)
 
 
-def _first_difference(a: Any, b: Any, place: str = "") -> str:
+def _first_difference(a: Any, b: Any, place: str = "") -> tuple[str, Any, Any]:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *b]:
             if a.get(key) != b.get(key):
                 return _first_difference(a.get(key), b.get(key), f"{place}.{key}" if place else key)
-    return place
+    return place, a, b
 
 
 def _run_folder(out: Path | None, name: str, resume: bool) -> Path:
@@ -322,7 +343,10 @@ def _run_folder(out: Path | None, name: str, resume: bool) -> Path:
 def _load_data(config: RunConfig) -> Dataset:
     from pctt.data import load
 
-    return load(config.data.name, None if config.data.name == "digits" else config.data.data_dir)
+    if config.data.name == "digits" and config.data.data_dir is not None:
+        print("pctt: data_dir has no effect on digits, which comes with scikit-learn", file=sys.stderr)
+        return load(config.data.name)
+    return load(config.data.name, config.data.data_dir)
 
 
 def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) -> tuple[Trainer, bool]:
@@ -332,8 +356,15 @@ def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) ->
 
     settings = config.training
     if resume and (folder / CHECKPOINT).is_file():
-        return load(folder, settings.backend, settings.device), False
-    net = config.network(dataset.train.inputs.shape[1])
+        trainer = load(folder, settings.backend, settings.device)
+        if trainer.progress.epoch > settings.epochs:
+            done = trainer.progress.epoch
+            raise UsageError(f"the run in {folder} has done {done} epochs; give --epochs of at least {done}.")
+        return trainer, False
+    try:
+        net = config.network(dataset.train.inputs.shape[1])
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if net.widths[-1] != dataset.num_classes:
         raise UsageError(
             f"the last layer has {net.widths[-1]} units, {dataset.name} has {dataset.num_classes} classes."

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from pctt._checks import require_between, require_count, require_one_of
+from pctt._checks import require_between, require_count, require_finite_positive, require_one_of
+from pctt.backends import BACKENDS
 from pctt.energies import Categorical, Gaussian
 from pctt.inference import Inference
 from pctt.initialisers import SCHEMES
@@ -45,6 +46,8 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         require_one_of("scheme", self.scheme, SCHEMES)
+        if self.gain is not None:
+            require_finite_positive("gain", self.gain)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class TrainingConfig:
         require_count("batch_size", self.batch_size, least=1)
         require_count("seed", self.seed)
         require_one_of("algorithm", self.algorithm, ALGORITHMS)
+        require_one_of("backend", self.backend, BACKENDS)
         if self.checkpoint_every is not None:
             require_count("checkpoint_every", self.checkpoint_every, least=1)
 
@@ -161,12 +165,9 @@ def _from_union(choices: tuple[Any, ...], values: Any, place: str) -> Any:
         return None
     tables = [choice for choice in choices if dataclasses.is_dataclass(choice)]
     if not tables:
-        scalar = next(
-            c
-            for c in choices
-            if c is not types.NoneType and (get_origin(c) is tuple) == isinstance(values, list)
-        )
-        return from_dict(scalar, values, place)
+        scalars = [choice for choice in choices if choice is not types.NoneType]
+        lists = [choice for choice in scalars if get_origin(choice) is tuple]
+        return from_dict(lists[0] if lists and isinstance(values, list) else scalars[0], values, place)
     names = [NAMES[choice] for choice in tables if isinstance(choice, type)]
     if not isinstance(values, Mapping) or values.get("kind") not in names:
         raise ValueError(f"{place} must be a table with kind = one of {', '.join(names)}, got {values!r}.")

@@ -1,8 +1,7 @@
 """Energies of a node: what a prediction error costs.
 
-    Gaussian      F = 1/2 (e' P e - log|P|),  e = x - mu                    (Whittington & Bogacz 2017, eq.
-    2.5) Categorical   F = KL(x || softmax(z)) = sum_k x_k log x_k - x_k log mu_k, and with respect to z:
-    dF/dz = -(x - mu)
+    Gaussian     F = 1/2 (e' P e - log|P|),  e = x - mu      (Whittington & Bogacz 2017, eq. 2.5)
+    Categorical  F = KL(x || mu) = sum_k x_k log(x_k / mu_k),  mu = softmax(z),  so that dF/dz = -(x - mu)
 
 Energies are per sample, summed over units. Which reduction follows (the batch sum for inference, the batch
 mean for learning) is decided in `program.py`, in one place, and nowhere else.

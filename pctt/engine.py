@@ -140,11 +140,12 @@ class Engine:
         self._load(gradients, "_gradient")
 
     def learning_state(self) -> dict[str, dict[str, Tensor]]:
-        """The state of the learning rule, per layer: {layer: {"weight_first_moment": ..., ...}}."""
-        return {
+        """The state of the learning rule: {layer: {"weight_first_moment": ..., ...}}, {} if it has none."""
+        state = {
             name: {key: self._read_layer(key, index) for key in self._state_keys(index)}
             for index, name in enumerate(self.net.names, start=1)
         }
+        return {name: tensors for name, tensors in state.items() if tensors}
 
     def load_learning_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         for index, name in enumerate(self.net.names, start=1):
@@ -169,7 +170,7 @@ class Engine:
 
     def _load(self, tree: Mapping[str, Mapping[str, Tensor]], suffix: str = "") -> None:
         for index, name in enumerate(self.net.names, start=1):
-            for key, values in tree[name].items():
+            for key, values in tree.get(name, {}).items():  # a rule without state has no entry
                 slot, buffer = self.layout.layer(key + suffix, index)
                 self.backend.write(self._persistent[buffer.name], slot, values)
 
@@ -184,7 +185,7 @@ class Engine:
 
     def _read_layer(self, role: str, index: int) -> Tensor:
         slot, buffer = self.layout.layer(role, index)
-        values = self.backend.read(self._persistent[buffer.name], slot)
+        values = self.backend.read(self._persistent[buffer.name], slot)[0]
         return values[0] if role.startswith("bias") else values
 
     def _load_precisions(self) -> None:
@@ -203,6 +204,9 @@ class Engine:
         zero.
         record: keep the energies of every inference step.
         """
+        missing = [name for name in (*self.clamped, *self.placed) if name not in activities]
+        if missing:
+            raise ValueError(f"node {missing[0]!r} is clamped or placed, so relax needs its activities.")
         batch_size = next(iter(activities.values())).shape[0]
         batch = self._batch = self._prepare(batch_size)
         self.scalars[PER_SAMPLE] = 1.0 / batch_size
@@ -258,7 +262,7 @@ class Engine:
         """
         assert self._batch is not None, "relax a batch first"
         slot, buffer = self.layout.node(role, self.net.node_index(name))
-        return self.backend.read(self._batch.buffers[buffer.name], slot)
+        return self.backend.read(self._batch.buffers[buffer.name], slot)[0]
 
     def bytes_allocated(self) -> dict[str, int]:
         """Bytes per buffer role, over all batch sizes in use."""
@@ -307,10 +311,11 @@ class Engine:
         return energies
 
     def _sums(self, batch: _Batch, role: str, batch_size: int) -> list[float]:
-        buffer = batch.buffers.get(f"{role}@sums")
-        if buffer is None:
-            return [0.0] * len(self.net.layers)
-        return [value / batch_size for value in buffer.view(-1).tolist()]
+        name, count = f"{role}@sums", len(self.net.layers)
+        if name not in batch.buffers:  # every layer's energy follows from its squares
+            return [0.0] * count
+        sums = self.backend.read(batch.buffers[name], Slot(name, 0, count))
+        return [value / batch_size for value in sums.view(-1).tolist()]
 
     def _judge(self, status: Status, first: list[float], last: list[float], norms: list[float]) -> Status:
         if not all(map(torch.isfinite, torch.tensor([last, norms]).view(-1))):

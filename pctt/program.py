@@ -67,11 +67,13 @@ class Instruction:
     options: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
-        factor = (
-            "" if self.scale == 1.0 and not self.scalar else f" * {self.scale:g} {self.scalar or ''}".rstrip()
-        )
         name = f"{self.op}.{self.function}" if self.function else self.op
-        return f"{', '.join(map(str, self.out))} = {name}({', '.join(map(str, self.inputs))}){factor}"
+        words = [*map(str, self.inputs)]
+        if self.scalar:
+            words.append(f"s={'-' if self.scale < 0 else ''}{self.scalar}")
+        elif self.scale != 1.0 or not self.inputs:
+            words.append(f"s={self.scale:g}")
+        return f"{', '.join(map(str, self.out))} = {name}({', '.join(words)})"
 
 
 @dataclass(frozen=True)

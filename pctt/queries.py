@@ -129,7 +129,7 @@ def _check_given(
     net: Network, clamp: Mapping[str, Tensor], initial: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
     if not clamp and not initial:
-        raise ValueError("clamp at least one node, e.g. clamp={'input': x}; nothing was given to infer from.")
+        raise ValueError("clamp at least one node or start it somewhere, e.g. clamp={'input': x}.")
     both = sorted(set(clamp) & set(initial))
     if both:
         raise ValueError(

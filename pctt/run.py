@@ -39,10 +39,10 @@ Callback = Callable[[str, dict[str, Any]], None]
 
 @dataclass
 class Progress:
-    """Where a run is. epoch: epochs done.
-    batch: batches done of the next one.
-    step: learning steps done.
-    energy: sum of the total energies of the samples of the epoch under way.    samples: their number.
+    """Where a run is.
+
+    epoch: epochs done.    batch: batches done of the next one.    step: learning steps done.
+    energy: summed total energy of the samples of the epoch under way.    samples: their number.
     """
 
     epoch: int = 0
@@ -54,7 +54,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a fit ended. status: ok, or what stopped it.    message: that in a sentence, with advice.
+    """How a fit ended.
+
+    status: ok, or what stopped it.    message: that in a sentence, with advice.
     epochs, steps: done in all.    validation_accuracy: after the last epoch, fraction of 1, or None.
     """
 
@@ -73,10 +75,8 @@ class Trainer:
     backend, device: where.    seed: of weights and batch order.    batch_size: samples per learning step.
     algorithm: "pc" or "backprop".    grouped: stack equal layers; the numbers are the same.
 
-    >>> trainer = Trainer(net, Inference(num_steps=20, rate=0.1), Adam(1e-3))                               #
-    doctest: +SKIP
-    >>> trainer.fit((inputs, labels), epochs=5)                                                             #
-    doctest: +SKIP
+    >>> trainer = Trainer(net, Inference(num_steps=20, rate=0.1), Adam(1e-3))  # doctest: +SKIP
+    >>> trainer.fit((inputs, labels), epochs=5)  # doctest: +SKIP
     """
 
     def __init__(
@@ -316,9 +316,8 @@ class Trainer:
         """
         path = Path(folder) / CHECKPOINT
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = checkpoint.flatten(
-            {"weights": self.engine.weights(), "learning": self.engine.learning_state()}
-        )
+        state = {"weights": self.engine.weights(), "learning": self.engine.learning_state()}
+        tensors = checkpoint.flatten({name: tree for name, tree in state.items() if tree})
         checkpoint.write(path, tensors, {**self._description(), "progress": asdict(self.progress)})
         return path
 

@@ -1,3 +1,3 @@
-from pctt.backends.operations import Backend, BackendUnavailable, backend
+from pctt.backends.operations import BACKENDS, Backend, BackendUnavailable, backend
 
-__all__ = ["Backend", "BackendUnavailable", "backend"]
+__all__ = ["BACKENDS", "Backend", "BackendUnavailable", "backend"]

@@ -1,21 +1,23 @@
 """The operations a backend must have, and the whole of what the rest of pctt asks of it.
 
-Tensors are slices [n, B, D] of stacked buffers, one entry per node or layer; weights [n, in, out], biases [n,
-1, out]. Below, s is `scale` times the named scalar of the instruction. An `out` may be one of the inputs
-where the operation is elementwise or an addend.
+Tensors are slices [n, B, D] of stacked buffers, one entry per node or layer; weights are [n, in, out], biases
+[n, 1, out]. Below, s is `scale` times the named scalar of the instruction. An `out` may be one of the inputs
+where the operation is elementwise, or the addend.
 
-    fill                 out = scale
-    copy                 out = a
-    add                  out = a + s b
-    multiply             out = a . b                          (b may be one row, [1, 1, D])
-    activate             out = f(a)
-    derivative           out = J_f(z)' v                      inputs v, z, y = f(z); z counts only where f
-    needs its drive product              out = addend + s a W                 without addend: 0; a bias row is
-    broadcast product_transposed   out = addend + s a W' outer                out = s a' b
-    sums over the batch column_sum           out = s sum_batch a inner                out[n] = sum over batch
-    and units of a . b cross_entropy        out[n] = sum over batch of KL(a || softmax(z)) clip
-    every out scaled so that their joint norm, per layer, is at most `scale` sgd, adam, adamw     (weight,
-    state ...) updated from inputs (gradient): see learning/rules.py
+    fill                out = scale
+    copy                out = a
+    add                 out = a + s b
+    multiply            out = a . b                     b may be one row, [1, 1, D]
+    activate            out = f(a)
+    derivative          out = J_f(z)' v                 inputs v, z, y = f(z)
+    product             out = addend + s a W            the addend may be missing; a bias row is broadcast
+    product_transposed  out = addend + s a W'           likewise
+    outer               out = s a' b                    sums over the batch
+    column_sum          out = s (sum of a over the batch)
+    inner               out[n] = sum of a . b over batch and units
+    cross_entropy       out[n] = sum of KL(a || softmax(z)) over the batch
+    clip                every out scaled so that their joint norm, per layer, is at most `scale`
+    sgd, adam, adamw    outs (weight, state ...) updated from the input (gradient): see learning/rules.py
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pctt._checks import require_one_of
 from pctt.program import Buffer, Instruction, Slot
 
 
@@ -53,7 +56,7 @@ class Backend(Protocol):
         ...
 
     def read(self, buffer: Any, slot: Slot) -> Tensor:
-        """A copy on the host, in the buffer's dtype, of a slot of one entry (without the first axis)."""
+        """A copy on the host of the entries of a slot, with the first axis, in the buffer's dtype."""
         ...
 
     def synchronise(self) -> None:
@@ -61,13 +64,15 @@ class Backend(Protocol):
         ...
 
 
+BACKENDS = ("reference",)
+
+
 def backend(name: str, dtype: torch.dtype, device: str | int | None = None) -> Backend:
-    """The backend called `name`, opened on `device`. Raises ValueError for an unknown name,
-    BackendUnavailable where it cannot run.
+    """The backend called `name`, opened on `device`.
+
+    Raises ValueError for an unknown name, BackendUnavailable where it cannot run.
     """
+    require_one_of("backend", name, BACKENDS)
     from pctt.backends.reference import Reference
 
-    backends: dict[str, Callable[..., Backend]] = {"reference": Reference}
-    if name not in backends:
-        raise ValueError(f"backend must be one of {', '.join(backends)}, got {name!r}.")
-    return backends[name](dtype, device)
+    return Reference(dtype, device)

@@ -86,10 +86,10 @@ class Reference:
         return run
 
     def write(self, buffer: Tensor, slot: Slot, values: Tensor) -> None:
-        buffer[slot.start].copy_(values)
+        buffer[slot.start].copy_(values.detach())
 
     def read(self, buffer: Tensor, slot: Slot) -> Tensor:
-        return buffer[slot.start].detach().cpu().clone()
+        return buffer[slot.start : slot.stop].cpu().clone()
 
     def synchronise(self) -> None:
         if self.device.type == "cuda":

@@ -7,6 +7,7 @@ error can be other than zero by now, `children` are the layers whose errors have
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pctt.program import INFERENCE_RATE
@@ -36,7 +37,20 @@ def momentum(at: Assembler, index: int, own: bool, children: list[int]) -> None:
     at.add(deviation, deviation, velocity, -1.0, INFERENCE_RATE)
 
 
-DYNAMICS: dict[str, Callable[[Assembler, int, bool, list[int]], None]] = {
-    "euler": euler,
-    "momentum": momentum,
+@dataclass(frozen=True)
+class Dynamics:
+    """A rule of dynamics.
+
+    move: writes the instructions that move one node.    state: roles of its tensors per node, zero at first.
+    knobs: the fields of `Inference` that only some rules read, and this one does.
+    """
+
+    move: Callable[[Assembler, int, bool, list[int]], None]
+    state: tuple[str, ...] = ()
+    knobs: tuple[str, ...] = ()
+
+
+DYNAMICS = {
+    "euler": Dynamics(euler),
+    "momentum": Dynamics(momentum, state=("velocity",), knobs=("momentum",)),
 }

@@ -39,7 +39,7 @@ class Inference:
         require_one_of("dynamics", self.dynamics, tuple(DYNAMICS))
         require_between("momentum", self.momentum, 0.0, 1.0)
         require_one_of("initial", self.initial, ("feedforward",))
-        if self.momentum and self.dynamics != "momentum":
+        if self.momentum and "momentum" not in DYNAMICS[self.dynamics].knobs:
             raise ValueError(
                 f"momentum={self.momentum} has no effect with dynamics={self.dynamics!r}; "
                 "use dynamics='momentum' or momentum=0."

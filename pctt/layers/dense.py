@@ -96,9 +96,12 @@ class Dense:
         the slot of mu, which is `error` itself where one product with the deviation as addend gives the
         error.
         """
-        change = at.node("deviation", index - 1)
-        if self.input_function != "identity":
-            activity = at.add(at.node("activity", index - 1), at.anchor(index - 1), change)
+        if self.input_function == "identity":
+            change = at.change(index - 1)
+        else:
+            activity = at.add(
+                at.node("activity", index - 1), at.anchor(index - 1), at.node("deviation", index - 1)
+            )
             source = at.activate(at.node("source", index - 1), activity, self.input_function)
             anchor_source = at.node("anchor_source", index - 1)
             change = at.add(at.node("change", index - 1), source, anchor_source, scale=-1.0)

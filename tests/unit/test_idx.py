@@ -110,6 +110,8 @@ def test_one_wrong_byte_in_a_gzip_file_is_refused_or_harmless(scratch, place, va
         pytest.param(b"", "does not begin like an IDX file", id="empty"),
         pytest.param(SIX[:3], "does not begin like an IDX file", id="three-bytes"),
         pytest.param(b"\x89PNG" + SIX[4:], "does not begin like an IDX file", id="another-format"),
+        pytest.param(b"\x01" + SIX[1:], "does not begin like an IDX file", id="first-byte-not-zero"),
+        pytest.param(b"\0\x01" + SIX[2:], "does not begin like an IDX file", id="second-byte-not-zero"),
         pytest.param(b"\0\0\x0a\x01" + SIX[4:], "does not begin like an IDX file", id="unknown-kind"),
         pytest.param(b"\0\0\x08\x00" + SIX[4:], "0 dimensions", id="no-dimension"),
         pytest.param(b"\0\0\x08\x21" + SIX[4:], "33 dimensions", id="too-many-dimensions"),

@@ -1,0 +1,263 @@
+"""The command line: what it leaves behind, what it refuses, and with which exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pctt import cli, record
+
+TINY = """
+[[layers]]
+units = 16
+activation = "tanh"
+
+[[layers]]
+units = 10
+
+[inference]
+num_steps = 5
+
+[learning]
+kind = "adam"
+rate = 0.003
+
+[training]
+epochs = 2
+batch_size = 64
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def records(folder: Path) -> list[dict]:
+    """The records of a run, without the wall clock."""
+    return [{**entry, "seconds": 0} for entry in record.read(folder / record.FILE_NAME)]
+
+
+def test_train_leaves_config_metrics_checkpoint_and_picture(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", tiny, "--out", out) == cli.OK
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.safetensors",
+        "curves.png",
+    }
+    printed = capsys.readouterr().out
+    last = records(out)[-1]
+    assert last["kind"] == "result" and last["epochs"] == 2
+    assert f"{last['test_accuracy']:.2%} on 360 samples" in printed
+
+
+def test_eval_repeats_the_accuracy_of_the_last_epoch(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    run("train", tiny, "--out", out)
+    capsys.readouterr()
+    assert run("eval", out, "--json") == cli.OK
+    assert json.loads(capsys.readouterr().out)["test_accuracy"] == records(out)[-1]["test_accuracy"]
+
+
+def test_json_output_is_one_object_a_line_and_nothing_else(tiny, tmp_path, capsys):
+    assert run("train", tiny, "--out", tmp_path / "run", "--json") == cli.OK
+    captured = capsys.readouterr()
+    kinds = [json.loads(line)["kind"] for line in captured.out.splitlines()]
+    assert kinds == ["start", "epoch", "epoch", "result"] and captured.err == ""
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(tiny, tmp_path):
+    """2 epochs, then on to 4, equals 4 epochs at a constant rate: weights, records and result."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("train", tiny, "--out", whole, "--epochs", 4)
+    run("train", tiny, "--out", parts)
+    assert run("train", tiny, "--out", parts, "--epochs", 4, "--resume") == cli.OK
+    assert records(whole) == records(parts)
+    assert (whole / "checkpoint.safetensors").read_bytes() == (parts / "checkpoint.safetensors").read_bytes()
+
+
+def test_resuming_a_complete_run_changes_nothing(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    run("train", tiny, "--out", out)
+    before = records(out)
+    assert run("train", tiny, "--out", out, "--resume") == cli.OK
+    assert "complete already" in capsys.readouterr().out and records(out) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_resumes_as_if_never_stopped(tiny, tmp_path, number):
+    """SIGKILL loses what came after the last checkpoint, SIGTERM nothing; the end is the same bits."""
+    command = [
+        sys.executable,
+        "-m",
+        "pctt.cli",
+        "train",
+        str(tiny),
+        "--epochs",
+        "40",
+        "--set",
+        "training.checkpoint_every=7",
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", whole], check=True, capture_output=True, env=environment)
+    victim = subprocess.Popen(
+        [*command, "--out", parts], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    metrics = parts / record.FILE_NAME
+    deadline = time.monotonic() + 60
+    while (
+        not (metrics.is_file() and metrics.read_bytes().count(b'"batch"') > 60)
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
+    victim.send_signal(number)
+    _, errors = victim.communicate(timeout=60)
+    assert victim.returncode == (-signal.SIGKILL if number == signal.SIGKILL else cli.FAILED)
+    assert number == signal.SIGKILL or b"--resume" in errors
+    assert record.read(metrics)[-1]["kind"] != "result", "the run ended before the signal; make it longer"
+    subprocess.run([*command, "--out", parts, "--resume"], check=True, capture_output=True, env=environment)
+    assert records(whole) == records(parts)
+    assert (whole / "checkpoint.safetensors").read_bytes() == (parts / "checkpoint.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "nonsense"], "neither a preset"),
+        (
+            ["train", "digits", "--set", "inference.num_step=3"],
+            "unknown key inference.num_step; known here: num_steps",
+        ),
+        (["train", "digits", "--set", "inference.rate=-1"], "rate must be a finite number above 0"),
+        (["train", "digits", "--set", "inference.rate=fast"], "inference.rate must be a number, got 'fast'"),
+        (["train", "digits", "--set", "inference"], "key=value"),
+        (["train", "digits", "--set", "inference.rate.x=1"], "no setting inference.rate.x"),
+        (["train", "digits", "--algorithm", "magic"], "algorithm must be one of pc, backprop"),
+        (["train", "digits", "--resume"], "name that folder"),
+        (["train", "digits", "--epochs", "-1"], "epochs must be a whole number"),
+        (["train", "digits", "--backend", "nope"], "backend must be one of"),
+        (["train", "digits", "--set", "init.gain=-1"], "gain must be a finite number above 0"),
+    ],
+)
+def test_wrong_usage_exits_2_with_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == cli.USAGE
+    errors = capsys.readouterr().err
+    assert sentence in errors and len(errors.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "absent.toml"], "no configuration file absent.toml"),
+        (["train", "mnist"], "train-images-idx3-ubyte"),
+        (["train", "digits", "--data", "nope"], "choose one of digits"),
+        (["train", "digits", "--device", "cuda"], "cuda"),
+        (["eval", "nowhere"], "holds no run"),
+        (["train", "digits", "--resume", "--out", "nowhere"], "holds no run"),
+    ],
+)
+def test_what_cannot_be_done_exits_1_with_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PCTT_DATA", raising=False)
+    assert run(*arguments) == cli.FAILED
+    errors = capsys.readouterr().err
+    assert sentence in errors and len(errors.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+def test_unknown_options_exit_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("train", "digits", "--epoch", "3")
+    assert caught.value.code == cli.USAGE
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    assert run("train", tiny, "--out", out) == cli.USAGE
+    assert "add --resume" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_resuming_with_another_setting_is_refused_by_name(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    run("train", tiny, "--out", out)
+    assert run("train", tiny, "--out", out, "--resume", "--set", "learning.rate=0.1") == cli.USAGE
+    assert "learning.rate = 0.003, not 0.1" in capsys.readouterr().err
+    assert run("train", tiny, "--out", out, "--resume", "--epochs", 1) == cli.USAGE
+    assert "has done 2 epochs" in capsys.readouterr().err
+
+
+def test_a_rate_that_diverges_exits_1_and_keeps_the_run(tiny, tmp_path, capsys):
+    """The sentence names layer and remedy, and the checkpoint from before stays readable."""
+    out = tmp_path / "run"
+    assert (
+        run("train", tiny, "--out", out, "--set", "inference.rate=50", "inference.num_steps=30") == cli.FAILED
+    )
+    errors = capsys.readouterr().err
+    assert "worst in layer" in errors and "lower inference.rate" in errors
+    assert records(out)[-1]["kind"] == "failed" and records(out)[-1]["step"] == 1
+    assert run("eval", out) == cli.OK
+
+
+def test_a_data_set_with_other_classes_than_the_output_is_refused(tiny, tmp_path, capsys):
+    text = tiny.read_text().replace("units = 10", "units = 7")
+    tiny.write_text(text)
+    assert run("train", tiny, "--out", tmp_path / "run") == cli.USAGE
+    assert "7 units, digits has 10 classes" in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_named_and_nothing_is_lost(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    run("train", tiny, "--out", out)
+    path = out / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert run("eval", out) == cli.FAILED
+    assert run("train", tiny, "--out", out, "--epochs", 3, "--resume") == cli.FAILED
+    assert "checkpoint.safetensors" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_doctor_finds_what_training_on_digits_needs(capsys):
+    assert run("doctor", "--json") == cli.OK
+    findings = {entry["name"]: entry for entry in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert findings["torch"]["ok"] and findings["sklearn"]["ok"]
+    assert all(entry["ok"] or entry["fix"] or "put them in" in entry["detail"] for entry in findings.values())
+
+
+def test_doctor_names_a_simulator_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setenv("TT_METAL_SIMULATOR", "/nonexistent/libttsim.so")
+    run("doctor")
+    assert "/nonexistent/libttsim.so does not exist" in capsys.readouterr().out
+
+
+def test_choosing_another_kind_drops_the_settings_of_the_old_one(tiny, tmp_path):
+    """`learning.kind=sgd` on an Adam preset would otherwise fail on Adam's betas."""
+    out = tmp_path / "run"
+    settings = ("learning.rate=0.05", "learning.kind=sgd", "learning.momentum=0.9")
+    assert run("train", tiny, "--out", out, "--epochs", 1, "--set", *settings) == cli.OK
+    learning = json.loads((out / "config.json").read_text())["learning"]
+    assert learning["kind"] == "sgd" and learning["rate"] == 0.05 and "betas" not in learning
+
+
+def test_a_folder_for_data_that_need_none_is_reported(tiny, tmp_path, capsys):
+    assert run("train", tiny, "--out", tmp_path / "run", "--data-dir", tmp_path) == cli.OK
+    assert "no effect on digits" in capsys.readouterr().err

@@ -1,0 +1,199 @@
+"""The driver: reproducible, resumable bit for bit, stops before a divergence reaches the weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import pctt
+from pctt import checkpoint, record, run
+from pctt.data import Split
+
+
+def blobs(num: int = 96, seed: int = 0) -> Split:
+    """Three well separated Gaussian clouds in 6 dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num) % 3
+    centres = 3.0 * torch.eye(3, 6)
+    return Split(centres[labels] + 0.3 * torch.randn(num, 6, generator=generator), labels)
+
+
+def network() -> pctt.Network:
+    return pctt.chain(6, [pctt.Dense(8, "tanh"), pctt.Dense(8, "tanh"), pctt.Dense(3)])
+
+
+def trainer(**settings) -> pctt.Trainer:
+    settings = {"batch_size": 20, "seed": 3, **settings}
+    learning = settings.pop("learning", pctt.Adam(1e-2, schedule=pctt.WarmupCosine()))
+    return pctt.Trainer(network(), settings.pop("inference", pctt.Inference(8, 0.2)), learning, **settings)
+
+
+def same(a: dict, b: dict) -> bool:
+    a, b = checkpoint.flatten(a), checkpoint.flatten(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("algorithm", ["pc", "backprop"])
+def test_separated_clouds_are_learnt(algorithm):
+    """Well separated classes must reach 100 %; a sign error anywhere in learning gives chance instead."""
+    t = trainer(algorithm=algorithm)
+    result = t.fit(blobs(), 15, blobs(seed=1))
+    assert result.status is pctt.Status.COMPLETED
+    assert result.validation_accuracy == 1.0
+    assert t.evaluate(blobs(seed=2)) == 1.0
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    first, second, other = trainer(), trainer(), trainer(seed=4)
+    for t in (first, second, other):
+        t.fit(blobs(), 2)
+    assert same(first.weights, second.weights)
+    assert not same(first.weights, other.weights)
+
+
+def test_every_epoch_shows_every_sample_once_in_an_order_of_its_own():
+    """Batch order is (seed, epoch): resuming draws the same order without storing a generator."""
+    t = trainer()
+    orders = [t._order(96, epoch) for epoch in range(3)]
+    assert all(sorted(order.tolist()) == list(range(96)) for order in orders)
+    assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
+    assert torch.equal(orders[1], trainer()._order(96, 1))
+
+
+@pytest.mark.parametrize("learning", [pctt.SGD(0.05, momentum=0.9), pctt.Adam(1e-2), pctt.AdamW(1e-2)])
+@pytest.mark.parametrize("stop_after", [3, 5, 7])
+def test_a_run_stopped_anywhere_resumes_bit_for_bit(tmp_path, learning, stop_after):
+    """5 batches an epoch: stops in mid-epoch, at its end, after it; weights, state, records are equal."""
+
+    def fit(t, folder, resume_after=None, stop=None):
+        with record.Recorder(folder, resume_after=resume_after) as recorder:
+
+            def watch(kind, fields):
+                if kind == "batch" and fields["step"] == stop:
+                    t.stop()
+
+            return t.fit(blobs(), 3, blobs(seed=1), [recorder.log_record, watch], save_to=folder)
+
+    whole = trainer(learning=learning)
+    fit(whole, tmp_path / "whole")
+    result = fit(trainer(learning=learning), tmp_path / "parts", stop=stop_after)
+    assert result.status is pctt.Status.STOPPED and result.steps == stop_after
+    resumed = pctt.load(tmp_path / "parts")
+    fit(resumed, tmp_path / "parts", resume_after=resumed.progress.step)
+    assert same(whole.weights, resumed.weights)
+    assert same(whole.engine.learning_state(), resumed.engine.learning_state())
+    whole_lines, part_lines = (
+        [{**entry, "seconds": 0} for entry in record.read(tmp_path / part / record.FILE_NAME)]
+        for part in ("whole", "parts")
+    )
+    assert whole_lines == part_lines
+
+
+def test_plain_sgd_which_has_no_state_saves_and_resumes(tmp_path):
+    t = trainer(learning=pctt.SGD(0.1))
+    t.fit(blobs(), 1)
+    t.save(tmp_path)
+    assert same(pctt.load(tmp_path).weights, t.weights)
+
+
+def test_weights_come_back_as_they_were_saved_with_every_setting(tmp_path):
+    t = trainer(algorithm="backprop", inference=pctt.Inference(5, 0.3, "fixed"))
+    t.fit(blobs(), 1)
+    t.save(tmp_path)
+    again = pctt.load(tmp_path)
+    for name in ("net", "inference", "learning", "seed", "batch_size", "algorithm", "progress"):
+        assert getattr(again, name) == getattr(t, name), name
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    checkpoint.write(tmp_path / run.CHECKPOINT, {"a": torch.zeros(1)}, {"format": "other"})
+    with pytest.raises(checkpoint.CheckpointError, match="does not hold a run"):
+        pctt.load(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError):
+        pctt.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("rate", [5.0, 50.0])
+def test_a_rate_that_diverges_stops_the_run_and_keeps_weights_and_checkpoint(tmp_path, rate):
+    """The batch that diverges must not touch weights, and the checkpoint before it must stay."""
+    t = trainer()
+    t.fit(blobs(), 1, save_to=tmp_path)
+    kept = (tmp_path / run.CHECKPOINT).read_bytes()
+    wild = pctt.Trainer(
+        network(), replace(t.inference, rate=rate, num_steps=60), t.learning, weights=t.weights
+    )
+    before = wild.weights
+    result = wild.fit(blobs(), 2, save_to=tmp_path)
+    assert result.status in (pctt.Status.DIVERGED, pctt.Status.NON_FINITE)
+    assert "lower inference.rate" in result.message and result.steps == 0
+    assert same(before, wild.weights)
+    assert (tmp_path / run.CHECKPOINT).read_bytes() == kept
+
+
+def test_records_of_a_batch_are_the_energies_of_its_own_relaxation():
+    """The log's energies are compared with `infer` on the same samples and the weights before the update."""
+    t, events = trainer(batch_size=96), []
+    weights, data = t.weights, blobs()
+    t.fit(data, 1, callbacks=[lambda kind, fields: events.append((kind, fields))])
+    order = t._order(96, 0)
+    targets = torch.nn.functional.one_hot(data.labels[order], 3).float()
+    result = pctt.infer(t.net, weights, {"input": data.inputs[order], "dense3": targets}, t.inference)
+    (trajectory,) = [fields for kind, fields in events if kind == "trajectory"]
+    (batch,) = [fields for kind, fields in events if kind == "batch"]
+    # the result holds the same numbers in the dtype of the weights
+    assert torch.equal(torch.tensor(trajectory["energy"]), result.energy)
+    assert torch.equal(torch.tensor(list(batch["energies"].values())), result.energy[-1])
+    for name, norm in batch["error_norms"].items():
+        # fp32 sums over 96 * 8 terms, in two orders: 768 ulp of 6e-8 at the very most
+        assert norm == pytest.approx(float(result.errors[name].square().sum(-1).mean().sqrt()), rel=5e-5)
+
+
+def test_numpy_arrays_and_target_vectors_are_accepted():
+    data = blobs()
+    arrays = (data.inputs.double().numpy(), data.labels.numpy())
+    vectors = (data.inputs, torch.nn.functional.one_hot(data.labels, 3).float())
+    results = []
+    for given in (data, arrays, vectors):
+        t = trainer()
+        t.fit(given, 1)
+        results.append(t.weights)
+    assert same(results[0], results[1]) and same(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "sentence"),
+    [
+        (torch.zeros(4, 5), torch.zeros(4, dtype=torch.long), r"inputs must be \[N, 6\]"),
+        (
+            torch.full((4, 6), torch.nan),
+            torch.zeros(4, dtype=torch.long),
+            "NaN or infinite values, first in row 0",
+        ),
+        (torch.zeros(4, 6), torch.tensor([0, 1, 2, 3]), "labels must be 0 to 2.*row 3 has 3"),
+        (torch.zeros(4, 6), torch.tensor([0, -1, 2, 2]), "row 1 has -1"),
+        (torch.zeros(4, 6), torch.zeros(3, dtype=torch.long), "got 4 and 3"),
+        (torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), "at least one"),
+        (torch.zeros(4, 6), torch.zeros(4), "labels must be whole numbers"),
+        (torch.zeros(4, 6), torch.full((4, 3), torch.inf), "targets hold NaN or infinite"),
+        (np.zeros((4, 6, 1)), np.zeros(4, dtype=int), r"inputs must be \[N, 6\]"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_in_one_sentence(inputs, labels, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        trainer().fit((inputs, labels), 1)
+
+
+def test_targets_of_a_categorical_output_must_be_distributions():
+    layers = [pctt.Dense(8, "tanh"), pctt.Dense(3, "softmax", energy=pctt.Categorical())]
+    t = pctt.Trainer(pctt.chain(6, layers))
+    with pytest.raises(ValueError, match="row 0 is not"):
+        t.fit((torch.zeros(2, 6), torch.tensor([[0.5, 0.2, 0.2], [1.0, 0.0, 0.0]])), 1)
+
+
+def test_predictions_do_not_depend_on_how_many_are_asked_for_at_once(monkeypatch):
+    t, inputs = trainer(), blobs().inputs
+    whole = t.predict(inputs)
+    monkeypatch.setattr(run, "EVALUATION_BATCH", 7)
+    # another batch size may take another summation order of 8 products: a few ulp
+    torch.testing.assert_close(trainer().predict(inputs), whole, rtol=0, atol=8 * 2**-23)

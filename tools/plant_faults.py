@@ -1,0 +1,431 @@
+"""Plants known faults, one at a time, in a copy of the tree, and sees whether the tests notice.
+
+Each fault is one piece of text replaced by another: a sign, a transpose, a factor, a neighbour, a check left
+out. The tests of its family are run on the copy and must fail. First the same tests are run on an unmodified
+copy and must pass. The working tree is never touched.
+
+    python tools/plant_faults.py                      all of them, two at a time: a few minutes
+    python tools/plant_faults.py --only adam-betas    those whose name contains this
+    python tools/plant_faults.py --list               what there is
+
+Exit code: 0 all faults were noticed, 1 one survived, 2 the tool cannot tell (text not found exactly once, the
+unmodified copy fails, or the planted copy does not even import).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("pctt", "tests", "tools", "pyproject.toml", "README.md")
+TIMEOUT_S = 300
+
+EQUALITIES = "tests/unit/test_equalities.py"
+SETTINGS = "tests/unit/test_inference_settings.py"
+RULES = "tests/property/test_local_rules.py"
+PROGRAM = "tests/unit/test_program.py"
+LEARNING = "tests/unit/test_learning.py"
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "sign": (EQUALITIES,),
+    "transpose": (EQUALITIES,),
+    "factor": (SETTINGS,),
+    "shift": (PROGRAM,),
+    "stale": (EQUALITIES,),
+    "derivative": (RULES,),
+    "clamp": (RULES,),
+    "grouping": (PROGRAM,),
+    "learning": (LEARNING,),
+    "stopping": (SETTINGS,),
+    "twin": ("tests/unit/test_backprop.py",),
+    "network": ("tests/unit/test_network.py",),
+    "config": ("tests/unit/test_config.py",),
+    "resume": ("tests/unit/test_run.py",),
+    "checkpoint": ("tests/unit/test_checkpoint.py",),
+    "record": ("tests/unit/test_record.py",),
+    "data": ("tests/unit/test_idx.py", "tests/unit/test_data.py"),
+}
+"""Family: the test files that must notice its faults."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old`, found exactly once in `file`, becomes `new`."""
+
+    name: str
+    family: str
+    file: str
+    old: str
+    new: str
+
+
+DENSE = "pctt/layers/dense.py"
+DYNAMICS = "pctt/inference/dynamics.py"
+ASSEMBLE = "pctt/assemble.py"
+ENGINE = "pctt/engine.py"
+REFERENCE = "pctt/backends/reference.py"
+
+FAULTS = (
+    Fault(
+        "error-sign",
+        "sign",
+        DENSE,
+        "return at.product(error, change, weight, deviation, scale=-1.0)",
+        "return at.product(error, change, weight, deviation, scale=1.0)",
+    ),
+    Fault(
+        "feedback-sign",
+        "sign",
+        DYNAMICS,
+        "feedback(at, child, deviation, 1.0, INFERENCE_RATE)",
+        "feedback(at, child, deviation, -1.0, INFERENCE_RATE)",
+    ),
+    Fault(
+        "own-error-sign", "sign", DYNAMICS, "weighted_error(index), -1.0, ", "weighted_error(index), 1.0, "
+    ),
+    Fault("weight-gradient-sign", "sign", DENSE, "source, gated, scale=-1.0", "source, gated, scale=1.0"),
+    Fault(
+        "bias-gradient-sign",
+        "sign",
+        DENSE,
+        'at.layer("bias_gradient", index), gated, scale=-1.0',
+        'at.layer("bias_gradient", index), gated, scale=1.0',
+    ),
+    Fault(
+        "inference-momentum-sign",
+        "sign",
+        DYNAMICS,
+        "velocity, at.inference.momentum)",
+        "velocity, -at.inference.momentum)",
+    ),
+    Fault(
+        "feedback-not-transposed",
+        "transpose",
+        REFERENCE,
+        "_matmul(instruction, outs[0], a, weight.mT, addend, scalars)",
+        "_matmul(instruction, outs[0], a, weight, addend, scalars)",
+    ),
+    Fault(
+        "outer-product-swapped",
+        "transpose",
+        REFERENCE,
+        "_matmul(instruction, outs[0], a.mT, b, [], scalars)",
+        "_matmul(instruction, outs[0], b.mT, a, [], scalars)",
+    ),
+    Fault("energy-without-half", "factor", ENGINE, "0.5 * square", "1.0 * square"),
+    Fault("log-precision-sign", "factor", ENGINE, "other - layer.energy.log", "other + layer.energy.log"),
+    Fault("gradient-not-per-sample", "factor", ENGINE, "= 1.0 / batch_size", "= 1.0"),
+    Fault(
+        "rate-twice",
+        "factor",
+        ENGINE,
+        "INFERENCE_RATE: inference.rate,",
+        "INFERENCE_RATE: inference.rate**2,",
+    ),
+    Fault("precision-forgotten", "derivative", DENSE, "at.weighted_error(index)", 'at.node("error", index)'),
+    Fault(
+        "prediction-from-the-wrong-neighbour",
+        "shift",
+        DENSE,
+        'change = at.change(index - 1)',
+        'change = at.change(max(0, index - 2))',
+    ),
+    Fault(
+        "feedback-from-two-layers-up",
+        "shift",
+        ASSEMBLE,
+        "for child in (index + 1,) if child in charged",
+        "for child in (index + 1, index + 2) if child in charged",
+    ),
+    Fault("own-error-not-recomputed", "stale", ASSEMBLE, "elif index in self.reach.moved:", "elif False:"),
+    Fault(
+        "slope-at-the-anchor",
+        "stale",
+        ASSEMBLE,
+        'return self.node("drive", index), self.prediction(index)',
+        'return self.node("anchor_drive", index), self.anchor(index)',
+    ),
+    Fault(
+        "gradient-of-the-initial-activity",
+        "stale",
+        ASSEMBLE,
+        'if index in self.clamped or self.inference.prediction == "fixed":',
+        "if True:",
+    ),
+    Fault(
+        "gate-without-derivative",
+        "derivative",
+        DENSE,
+        'return at.derivative(at.node("gated", index), error, drive, prediction, self.output_function)',
+        "return error",
+    ),
+    Fault(
+        "feedback-without-derivative",
+        "derivative",
+        DENSE,
+        "at.derivative(feedback, feedback, drive, source, self.input_function)",
+        "del drive, source",
+    ),
+    Fault(
+        "gelu-slope-at-its-value",
+        "derivative",
+        REFERENCE,
+        "gelu_backward.grad_input, v, z",
+        "gelu_backward.grad_input, v, y",
+    ),
+    Fault(
+        "clamped-node-moves",
+        "clamp",
+        ASSEMBLE,
+        "frozenset(range(len(self.net.nodes))) - clamped",
+        "frozenset(range(len(self.net.nodes)))",
+    ),
+    Fault(
+        "start-taken-for-the-prediction",
+        "clamp",
+        ASSEMBLE,
+        "if index not in self.given or index == 0:",
+        "if True:",
+    ),
+    Fault(
+        "write-after-read-overlooked",
+        "grouping",
+        "pctt/program.py",
+        "before += [reader for slot in instruction.out for reader in readers.pop(slot, ())]",
+        "",
+    ),
+    Fault(
+        "unequal-layers-grouped",
+        "network",
+        "pctt/groups.py",
+        "replace(layer, name=None) for",
+        'replace(layer, name=None, activation="tanh") for',
+    ),
+    Fault("adam-betas-swapped", "learning", REFERENCE, 'beta1=options["beta1"]', 'beta1=options["beta2"]'),
+    Fault(
+        "adam-counts-from-two",
+        "learning",
+        ENGINE,
+        "learning_rate, float(step)",
+        "learning_rate, float(step + 1)",
+    ),
+    Fault(
+        "weight-decay-sign",
+        "learning",
+        REFERENCE,
+        'alpha=options["weight_decay"]',
+        'alpha=-options["weight_decay"]',
+    ),
+    Fault("sgd-forgets-momentum", "learning", REFERENCE, '.mul_(options["momentum"])', ".mul_(0.0)"),
+    Fault("clip-not-applied", "learning", REFERENCE, "stack.mul_(factor)", "stack.mul_(1.0)"),
+    Fault("warm-up-starts-at-zero", "learning", "pctt/learning/schedules.py", "(step + 1) /", "step /"),
+    Fault("tolerance-not-relative", "stopping", ENGINE, "<= tolerance * abs(before)", "<= tolerance"),
+    Fault("divergence-unreported", "stopping", ENGINE, "return Status.DIVERGED", "return status"),
+    Fault(
+        "twin-loss-without-half",
+        "twin",
+        "pctt/backprop.py",
+        "return 0.5 * ((precision",
+        "return 1.0 * ((precision",
+    ),
+    Fault("unknown-key-accepted", "config", "pctt/config.py", "if key not in names:", "if False:"),
+    Fault(
+        "learning-state-not-restored",
+        "resume",
+        "pctt/run.py",
+        'trainer.engine.load_learning_state(tree.get("learning", {}))',
+        "pass",
+    ),
+    Fault(
+        "every-epoch-in-the-same-order",
+        "resume",
+        "pctt/run.py",
+        "SeedSequence([self.seed, epoch])",
+        "SeedSequence([self.seed, 0])",
+    ),
+    Fault(
+        "checkpoint-written-in-place",
+        "checkpoint",
+        "pctt/checkpoint.py",
+        'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
+        "temporary = path",
+    ),
+    Fault(
+        "checkpoint-order-lost",
+        "checkpoint",
+        "pctt/checkpoint.py",
+        '"names": list(tensors)',
+        '"names": sorted(tensors)',
+    ),
+    Fault(
+        "record-cut-one-early", "record", "pctt/record.py", 'record["step"] > step', 'record["step"] >= step'
+    ),
+    Fault(
+        "idx-magic-unchecked",
+        "data",
+        "pctt/data/idx.py",
+        "or magic[0] or magic[1] or",
+        "or",
+    ),
+    Fault("idx-byte-order", "data", "pctt/data/idx.py", '">i4"', '"<i4"'),
+    Fault(
+        "validation-rows-also-trained-on",
+        "data",
+        "pctt/data/dataset.py",
+        "kept, held_out = order[:-num_held_out]",
+        "kept, held_out = order[:]",
+    ),
+)
+
+
+def planted(fault: Fault, root: Path) -> str:
+    """The text of the fault's file under `root`, with the fault in it.
+
+    Raises ValueError unless `old` is there exactly once.
+    """
+    text = (root / fault.file).read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise ValueError(
+            f"{fault.name}: the text to replace is in {fault.file} {text.count(fault.old)} times, not once; "
+            f"bring tools/plant_faults.py up to date: {fault.old!r}"
+        )
+    return text.replace(fault.old, fault.new)
+
+
+def copy_tree(target: Path) -> None:
+    ignore = shutil.ignore_patterns("__pycache__", ".hypothesis")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=ignore)
+        elif source.exists():
+            shutil.copy(source, target / name)
+
+
+def run_tests(folder: Path, files: Iterable[str]) -> tuple[int, str]:
+    """(pytest's exit code, its output) for test files of the copy in `folder`, which imports its own pctt."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-profile=unshrunk",
+        *files,
+    ]
+    # Started inside the copy: "python -m" puts the current folder first, before any installed pctt.
+    try:
+        result = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return -1, f"no end after {TIMEOUT_S} s"
+    return result.returncode, result.stdout + result.stderr
+
+
+def imported_from(folder: Path) -> Path:
+    """The folder of the pctt that a test in `folder` would import."""
+    code = "import pctt; print(pctt.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    return Path(result.stdout.strip()).resolve().parents[1]
+
+
+def plant(fault: Fault) -> tuple[str, float, str]:
+    """("caught", "SURVIVED" or "BROKEN", seconds, output of pytest) of one fault in a copy of its own."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="pctt_fault_") as name:
+        folder = Path(name).resolve()
+        copy_tree(folder)
+        (folder / fault.file).write_text(planted(fault, folder), encoding="utf-8")
+        code, output = run_tests(folder, FAMILIES[fault.family])
+    # 1 is "tests failed"; a copy that cannot be imported or never ends says nothing about the tests.
+    verdict = {0: "SURVIVED", 1: "caught"}.get(code, "BROKEN")
+    return verdict, time.perf_counter() - started, output
+
+
+def check_unmodified(files: Sequence[str], jobs: int) -> str | None:
+    """What is wrong with the tree as it is, or None where all `files` pass on a copy."""
+    with tempfile.TemporaryDirectory(prefix="pctt_unmodified_") as name:
+        folder = Path(name).resolve()
+        copy_tree(folder)
+        if imported_from(folder) != folder:
+            return f"the copy in {folder} imports pctt from {imported_from(folder)}"
+        with ThreadPoolExecutor(jobs) as pool:
+            for file, (code, output) in zip(
+                files, pool.map(lambda f: run_tests(folder, [f]), files), strict=True
+            ):
+                if code:
+                    return f"{file} fails without any fault:\n{output}"
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="NAME", help="faults whose name contains NAME")
+    parser.add_argument("--list", action="store_true", help="list the faults and end")
+    parser.add_argument("--jobs", type=int, default=2, help="tests run at a time (default 2)")
+    options = parser.parse_args(argv)
+    chosen = [fault for fault in FAULTS if options.only is None or options.only in fault.name]
+    if not chosen:
+        print(f"no fault is called like {options.only!r}; see --list", file=sys.stderr)
+        return 2
+    if options.list:
+        for fault in chosen:
+            print(f"{fault.name:38}{fault.family:12}{fault.file}")
+        return 0
+    try:
+        for fault in chosen:
+            planted(fault, ROOT)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+    started = time.perf_counter()
+    files = list(dict.fromkeys(file for fault in chosen for file in FAMILIES[fault.family]))
+    problem = check_unmodified(files, options.jobs)
+    if problem:
+        print(problem, file=sys.stderr)
+        return 2
+    print(f"{len(files)} test files pass without a fault ({time.perf_counter() - started:.0f} s)\n")
+
+    print(f"{'fault':38}{'family':12}{'verdict':10}seconds")
+    verdicts: list[str] = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for fault, (verdict, seconds, output) in zip(chosen, pool.map(plant, chosen), strict=True):
+            print(f"{fault.name:38}{fault.family:12}{verdict:10}{seconds:5.1f}", flush=True)
+            verdicts.append(verdict)
+            if verdict == "BROKEN":
+                print(output, file=sys.stderr)
+    caught = verdicts.count("caught")
+    print(f"\n{caught} of {len(chosen)} faults caught in {time.perf_counter() - started:.0f} s")
+    if "BROKEN" in verdicts:
+        return 2
+    return 0 if caught == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
