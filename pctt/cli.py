@@ -12,18 +12,22 @@ import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pctt.config import RunConfig
-    from pctt.data import Dataset
-    from pctt.run import FitResult, Trainer
+from pctt import record
+from pctt.config import RunConfig, from_dict, parse_value, read_toml, to_dict
+from pctt.data import Dataset, load, split_validation
+from pctt.doctor import examine
+from pctt.engine import Status
+from pctt.network import init
+from pctt.presets import PRESETS
+from pctt.report import CURVES, Reporter, draw, print_json, say_error
+from pctt.run import CHECKPOINT, Trainer
+from pctt.run import load as load_run
 
 OK, FAILED, USAGE = 0, 1, 2
 CONFIG = "config.json"
-CURVES = "curves.png"
 
 
 class UsageError(ValueError):
@@ -35,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import tyro
     except ModuleNotFoundError:
-        return _say_error('the pctt command needs tyro: pip install "pctt[cli]".', FAILED)
+        say_error('the pctt command needs tyro: pip install "pctt[cli]".')
+        return FAILED
     commands = {"train": train, "eval": evaluate, "doctor": doctor}
     try:
         return tyro.extras.subcommand_cli_from_dict(
@@ -49,9 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # or the interpreter complains when it flushes
         return FAILED
     except UsageError as error:
-        return _say_error(str(error), USAGE)
+        say_error(str(error))
+        return USAGE
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        return _say_error(str(error), FAILED)
+        say_error(str(error))
+        return FAILED
 
 
 def train(
@@ -90,7 +97,6 @@ def train(
         tensorboard: Mirror the metrics to tensorboard files in the run folder.
         json: Print JSON lines instead of text.
     """
-    from pctt.config import to_dict
 
     config = _override(
         _configuration(what),
@@ -115,7 +121,7 @@ def train(
     trainer, is_new = _trainer(config, dataset, folder, resume)
     if is_new:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_text(folder / CONFIG, _dump(to_dict(config)))
+        _write_configuration(folder / CONFIG, config)
         trainer.save(folder)
     return _train(config, dataset, trainer, folder, report, is_new)
 
@@ -123,9 +129,6 @@ def train(
 def _train(
     config: RunConfig, dataset: Dataset, trainer: Trainer, folder: Path, report: Reporter, is_new: bool
 ) -> int:
-    from pctt import record
-    from pctt.data import split_validation
-    from pctt.engine import Status
 
     training, validation = split_validation(dataset.train, config.data.validation, config.training.seed)
     report.start(config, dataset, trainer, folder, len(training), is_new)
@@ -161,9 +164,10 @@ def _train(
         elif outcome.status is not Status.STOPPED:
             failed = {"status": outcome.status.name, "message": outcome.message}
             recorder.log("failed", step=outcome.steps + 1, **failed)
-    picture = _draw(folder, config)
+    picture = draw(folder, config)
     if not outcome.status.ok:
-        return report.failed(outcome, folder)
+        report.failed(outcome, folder)
+        return FAILED
     report.end(result, picture, None)
     return OK
 
@@ -176,10 +180,9 @@ def evaluate(run: Path, /, *, data_dir: str | None = None, json: bool = False) -
         data_dir: Folder of the data files; else the one of the run, else PCTT_DATA.
         json: Print one JSON object instead of text.
     """
-    from pctt.run import load
 
     config = _override(_saved_configuration(run), {"data.data_dir": data_dir})
-    trainer = load(run, config.training.backend, config.training.device)
+    trainer = load_run(run, config.training.backend, config.training.device)
     dataset = _load_data(config)
     accuracy = trainer.evaluate(dataset.test)
     fields = {
@@ -190,7 +193,7 @@ def evaluate(run: Path, /, *, data_dir: str | None = None, json: bool = False) -
         "step": trainer.progress.step,
     }
     if json:
-        _print_json("result", fields)
+        print_json("result", fields)
     else:
         print(
             f"{run}: test accuracy {accuracy:.2%} on {len(dataset.test)} samples of {dataset.name}, "
@@ -206,12 +209,11 @@ def doctor(*, data_dir: str | None = None, json: bool = False) -> int:
         data_dir: Folder to look for data in; else the environment variable PCTT_DATA.
         json: Print one JSON object a line.
     """
-    from pctt.doctor import examine
 
     findings = examine(data_dir)
     for finding in findings:
         if json:
-            _print_json("finding", finding.__dict__)
+            print_json("finding", finding.__dict__)
         else:
             print(f"{'ok     ' if finding.ok else 'missing'}  {finding.name:<14} {finding.detail}")
             if finding.fix:
@@ -223,8 +225,6 @@ def doctor(*, data_dir: str | None = None, json: bool = False) -> int:
 
 
 def _configuration(what: str) -> RunConfig:
-    from pctt.config import read_toml
-    from pctt.presets import PRESETS
 
     if what in PRESETS:
         return PRESETS[what]()
@@ -240,7 +240,6 @@ def _configuration(what: str) -> RunConfig:
 
 
 def _assignments(settings: tuple[str, ...]) -> dict[str, Any]:
-    from pctt.config import parse_value
 
     values: dict[str, Any] = {}
     for setting in settings:
@@ -253,7 +252,6 @@ def _assignments(settings: tuple[str, ...]) -> dict[str, Any]:
 
 def _override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     """`config` with the given dotted keys replaced; None leaves a key as it is."""
-    from pctt.config import RunConfig, from_dict, to_dict
 
     entries = to_dict(config)
     for key, value in sorted(values.items(), key=lambda item: not item[0].endswith("kind")):
@@ -274,8 +272,13 @@ def _override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
         raise UsageError(str(error)) from None
 
 
+def _write_configuration(path: Path, config: RunConfig) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
 def _saved_configuration(folder: Path) -> RunConfig:
-    from pctt.config import RunConfig, from_dict
 
     path = folder / CONFIG
     if not path.is_file():
@@ -300,7 +303,6 @@ FREE_ON_RESUME = (
 
 def _resumed_configuration(folder: Path, asked: RunConfig) -> RunConfig:
     """The configuration of the run in `folder`, which must be the one asked for but for FREE_ON_RESUME."""
-    from pctt.config import RunConfig, from_dict, to_dict
 
     saved, wanted = to_dict(_saved_configuration(folder)), to_dict(asked)
     for key in FREE_ON_RESUME:
@@ -341,7 +343,6 @@ def _run_folder(out: Path | None, name: str, resume: bool) -> Path:
 
 
 def _load_data(config: RunConfig) -> Dataset:
-    from pctt.data import load
 
     if config.data.name == "digits" and config.data.data_dir is not None:
         print("pctt: data_dir has no effect on digits, which comes with scikit-learn", file=sys.stderr)
@@ -351,12 +352,10 @@ def _load_data(config: RunConfig) -> Dataset:
 
 def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) -> tuple[Trainer, bool]:
     """The trainer of a run, and whether the run begins here."""
-    from pctt.network import init
-    from pctt.run import CHECKPOINT, Trainer, load
 
     settings = config.training
     if resume and (folder / CHECKPOINT).is_file():
-        trainer = load(folder, settings.backend, settings.device)
+        trainer = load_run(folder, settings.backend, settings.device)
         if trainer.progress.epoch > settings.epochs:
             done = trainer.progress.epoch
             raise UsageError(f"the run in {folder} has done {done} epochs; give --epochs of at least {done}.")
@@ -399,149 +398,6 @@ def _stop_on_signals(trainer: Trainer) -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# --- output -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Reporter:
-    """Tells whoever started the command how it goes."""
-
-    as_json: bool
-    bar: Any = None
-
-    def start(
-        self,
-        config: RunConfig,
-        dataset: Dataset,
-        trainer: Trainer,
-        folder: Path,
-        num_training: int,
-        is_new: bool,
-    ) -> None:
-        import math
-
-        widths = "-".join(map(str, trainer.net.widths))
-        fields = {
-            "network": widths,
-            "weights": trainer.net.num_weights(),
-            "data": dataset.name,
-            "training_samples": num_training,
-            "validation_samples": len(dataset.train) - num_training,
-            "test_samples": len(dataset.test),
-            "algorithm": config.training.algorithm,
-            "backend": config.training.backend,
-            "seed": config.training.seed,
-            "folder": str(folder),
-            "from_epoch": trainer.progress.epoch,
-            "from_step": trainer.progress.step,
-        }
-        if self.as_json:
-            _print_json("start", fields)
-            return
-        verb = "training" if is_new else f"resuming after batch {trainer.progress.step}:"
-        knobs = config.inference
-        how = f"T={knobs.num_steps}, rate={knobs.rate:g}, {knobs.prediction} prediction"
-        print(
-            f"{verb} {widths} ({trainer.net.num_weights():,} weights) on {dataset.name}: {num_training} "
-            "training, "
-            f"{len(dataset.train) - num_training} validation, {len(dataset.test)} test samples; "
-            f"{'predictive coding, ' + how if config.training.algorithm == 'pc' else 'backpropagation'}; "
-            f"backend {config.training.backend}",
-            flush=True,
-        )
-        if sys.stderr.isatty():
-            self.bar = _progress_bar(
-                config.training.epochs * math.ceil(num_training / trainer.batch_size), trainer.progress.step
-            )
-
-    def event(self, kind: str, fields: dict[str, Any]) -> None:
-        if kind == "batch" and self.bar is not None:
-            self.bar.update()
-            if fields["step"] % 20 == 0:
-                self.bar.set_postfix_str(
-                    f"epoch {fields['epoch']}, energy {sum(fields['energies'].values()):.4f}"
-                )
-        elif kind == "epoch" and self.as_json:
-            _print_json(kind, fields)
-        elif kind == "epoch":
-            accuracy = fields["validation_accuracy"]
-            line = f"epoch {fields['epoch']:>3}  energy {fields['train_energy']:.5f}" + (
-                f"  validation {accuracy:.2%}" if accuracy is not None else ""
-            )
-            line += f"  {fields['seconds']:.1f} s"
-            if self.bar is not None:
-                self.bar.write(line)
-            else:
-                print(line, flush=True)
-
-    def end(self, result: dict[str, Any], picture: Path | None, note: str | None) -> None:
-        self._close()
-        if self.as_json:
-            _print_json("result", {key: value for key, value in result.items() if key != "kind"})
-            return
-        print(
-            f"test accuracy {result['test_accuracy']:.2%} on {result['test_samples']} samples, "
-            f"after the last of {result['epochs']} epochs" + (f" ({note})" if note else "")
-        )
-        if picture is not None:
-            print(f"curves in {picture}; `pctt eval {picture.parent}` evaluates the run again")
-
-    def failed(self, outcome: FitResult, folder: Path) -> int:
-        self._close()
-        if self.as_json:
-            _print_json(
-                "failed", {"status": outcome.status.name, "message": outcome.message, "step": outcome.steps}
-            )
-        from pctt.engine import Status
-
-        message = outcome.message
-        if outcome.status is Status.STOPPED:
-            message = (
-                f"stopped after batch {outcome.steps}; the same command with --out {folder} --resume goes on."
-            )
-        return _say_error(message, FAILED)
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _progress_bar(total: int, done: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError('the progress bar needs tqdm: pip install "pctt[cli]".') from None
-    return tqdm(total=total, initial=done, unit="batch", dynamic_ncols=True, leave=False)
-
-
-def _draw(folder: Path, config: RunConfig) -> Path | None:
-    from pctt import plots, record
-
-    title = f"{folder.name}: {config.data.name}, {config.training.algorithm}, seed {config.training.seed}"
-    try:
-        return plots.draw_run(record.read(folder / record.FILE_NAME), folder / CURVES, title)
-    except ImportError as error:
-        print(f"no picture of the curves: {error}", file=sys.stderr)
-        return None
-
-
-def _print_json(kind: str, fields: dict[str, Any]) -> None:
-    print(json.dumps({"kind": kind, **fields}), flush=True)
-
-
-def _dump(values: Any) -> str:
-    return json.dumps(values, indent=2) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _say_error(message: str, code: int) -> int:
-    print(f"pctt: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

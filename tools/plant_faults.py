@@ -137,8 +137,8 @@ FAULTS = (
         "prediction-from-the-wrong-neighbour",
         "shift",
         DENSE,
-        'change = at.change(index - 1)',
-        'change = at.change(max(0, index - 2))',
+        "change = at.change(index - 1)",
+        "change = at.change(max(0, index - 2))",
     ),
     Fault(
         "feedback-from-two-layers-up",
