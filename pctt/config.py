@@ -103,6 +103,10 @@ class RunConfig:
     init: InitConfig = field(default_factory=InitConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("layers must name at least one layer.")
+
     def network(self, num_inputs: int) -> Network:
         return chain(num_inputs, self.layers)
 

@@ -320,7 +320,13 @@ class Engine:
     def _judge(self, status: Status, first: list[float], last: list[float], norms: list[float]) -> Status:
         if not all(map(torch.isfinite, torch.tensor([last, norms]).view(-1))):
             return Status.NON_FINITE
-        if self.inference.prediction == "live" and sum(last) > DIVERGENCE_FACTOR * max(sum(first), 1e-30):
+        constant = sum(
+            -0.5 * layer.energy.log_determinant(layer.units)
+            for layer in self.net.layers
+            if isinstance(layer.energy, Gaussian)
+        )
+        before, after = sum(first) - constant, sum(last) - constant
+        if self.inference.prediction == "live" and after > DIVERGENCE_FACTOR * max(before, 1e-30):
             return Status.DIVERGED
         return status
 

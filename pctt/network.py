@@ -81,8 +81,10 @@ def chain(input: int, layers: Sequence[Dense]) -> Network:
     require_count("input", input, least=1)
     if not layers:
         raise ValueError("a chain needs at least one layer, got none.")
-    names = []
+    names: list[str] = []
     for number, layer in enumerate(layers, start=1):
+        if not isinstance(layer, Dense):
+            raise ValueError(f"layers must be Dense(...), got {layer!r} as layer {number}.")
         names.append(layer.name or f"{layer.kind}{number}")
         last = number == len(layers)
         if not last and (layer.activation == "softmax" or isinstance(layer.energy, Categorical)):
@@ -144,6 +146,8 @@ def check_weights(net: Network, weights: Weights) -> torch.dtype:
             )
         for key, shape in expected.items():
             tensor = weights[name][key]
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{name}/{key} must be a torch tensor, got {type(tensor).__name__}.")
             if tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"{name}/{key} must have shape {shape} ([in, out]), got {tuple(tensor.shape)}."

@@ -70,7 +70,8 @@ class Instruction:
         name = f"{self.op}.{self.function}" if self.function else self.op
         words = [*map(str, self.inputs)]
         if self.scalar:
-            words.append(f"s={'-' if self.scale < 0 else ''}{self.scalar}")
+            factor = {1.0: "", -1.0: "-"}.get(self.scale, f"{self.scale:g} ")
+            words.append(f"s={factor}{self.scalar}")
         elif self.scale != 1.0 or not self.inputs:
             words.append(f"s={self.scale:g}")
         return f"{', '.join(map(str, self.out))} = {name}({', '.join(words)})"

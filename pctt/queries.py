@@ -78,7 +78,7 @@ def infer(
     if throw and not relaxation.status.ok:
         raise InferenceDiverged(f"{relaxation.status.value}; lower the rate ({inference.rate}).")
     activities = {
-        name: given[name].clone() if name in clamp else engine.read_node("activity", name)
+        name: given[name].detach().clone() if name in clamp else engine.read_node("activity", name)
         for name in net.nodes
     }
     errors = {name: engine.read_node("error", name) for name in net.names}

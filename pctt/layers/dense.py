@@ -47,6 +47,10 @@ class Dense:
         require_count("units", self.units, least=1)
         activation(self.activation)
         require_one_of("activate", self.activate, ("output", "input"))
+        if not isinstance(self.energy, (Gaussian, Categorical)):
+            raise ValueError(f"energy must be Gaussian(...) or Categorical(), got {self.energy!r}.")
+        if self.name is not None and not isinstance(self.name, str):
+            raise ValueError(f"name must be a string, got {self.name!r}.")
 
     def check(self) -> None:
         """Raises ValueError where activation, placement and energy contradict each other."""

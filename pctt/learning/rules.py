@@ -7,11 +7,12 @@ bound on the whole network's would not be local.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pctt._checks import require_between, require_finite_positive
-from pctt.learning.schedules import Constant, Schedule
+from pctt.learning.schedules import Constant, Schedule, WarmupCosine
 from pctt.program import LEARNING_RATE, Instruction, Slot
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 def _check(rule: SGD | Adam | AdamW) -> None:
     require_finite_positive("rate", rule.rate)
-    if rule.weight_decay:
-        require_finite_positive("weight_decay", rule.weight_decay)
+    require_between("weight_decay", rule.weight_decay, 0.0, math.inf)
+    if not isinstance(rule.schedule, (Constant, WarmupCosine)):
+        raise ValueError(f"schedule must be Constant() or WarmupCosine(...), got {rule.schedule!r}.")
     if rule.clip_norm is not None:
         require_finite_positive("clip_norm", rule.clip_norm)
 
@@ -118,7 +120,7 @@ def _check_adam(rule: Adam | AdamW) -> None:
     _check(rule)
     if isinstance(rule.betas, list):  # as it comes out of TOML or JSON
         object.__setattr__(rule, "betas", tuple(rule.betas))
-    if len(rule.betas) != 2:
+    if not isinstance(rule.betas, tuple) or len(rule.betas) != 2:
         raise ValueError(f"betas must be two numbers, got {rule.betas!r}.")
     for beta in rule.betas:
         require_between("betas", beta, 0.0, 1.0)

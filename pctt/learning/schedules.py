@@ -39,7 +39,7 @@ class WarmupCosine:
         warmup_steps = self.warmup * total_steps
         if step < warmup_steps:
             return (step + 1) / (math.floor(warmup_steps) + 1)
-        progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+        progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps)) if total_steps else 1.0
         return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
