@@ -78,7 +78,7 @@ class Assembler:
 
     def program(self, learning: Learning | None) -> Program:
         initialise = self._section(self._initialise)
-        measure_initial = self._section(self._measure)
+        measure_initial = self._section(lambda: self._measure("initial_"))
         steps: list[tuple[Instruction, ...]] = []
         for _ in range(self.inference.num_steps):
             before = self.reach
@@ -155,20 +155,20 @@ class Assembler:
             prediction = self.net.layers[-1].predict(self, last) if recomputed else self.anchor(last)
             self.copy(self.node("activity", last), prediction)
 
-    def _measure(self) -> None:
+    def _measure(self, when: str = "") -> None:
         """Sums over batch and units: e'e, and the data-dependent part of the energy where that is another
         sum, per layer.
         """
         for index in self._layers():
             energy, error = self.net.layers[index - 1].energy, self.node("error", index)
-            square, charged = self._sum("square", index), index in self.reach.charged
+            square, charged = self._sum(f"{when}square", index), index in self.reach.charged
             if charged:
                 self.emit("inner", square, error, error)
             else:
                 self.emit("fill", square, scale=0.0)
             if isinstance(energy, Gaussian) and energy.is_unit:
                 continue
-            own = self._sum("energy", index)
+            own = self._sum(f"{when}energy", index)
             if not charged:
                 self.emit("fill", own, scale=0.0)
             elif isinstance(energy, Categorical):

@@ -6,6 +6,7 @@ its weight gradients, applies the learning rule, and tells what happened.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +21,7 @@ from pctt.energies import Categorical, Gaussian
 from pctt.groups import layout
 from pctt.inference import Inference
 from pctt.learning import Learning
-from pctt.network import Network, Weights, check_weights
+from pctt.network import INPUT, Network, Weights, check_weights
 from pctt.program import INFERENCE_RATE, LEARNING_RATE, LEARNING_STEP, PER_SAMPLE, Buffer, Slot
 
 DIVERGENCE_FACTOR = 10.0
@@ -64,6 +65,7 @@ class _Batch:
     """Buffers and bound sections for one batch size."""
 
     buffers: dict[str, Any]
+    given: dict[str, tuple[Any, Slot]]
     initialise: Callable[[], None]
     measure_initial: Callable[[], None]
     steps: list[Callable[[], None]]
@@ -119,6 +121,10 @@ class Engine:
         }
         self._update = self.backend.bind(self.program.update, self._persistent, self.scalars)
         self._batch: _Batch | None = None
+        self._constants = [  # -1/2 log|P| per layer
+            -0.5 * layer.energy.log_determinant(layer.units) if isinstance(layer.energy, Gaussian) else 0.0
+            for layer in net.layers
+        ]
         self._load_precisions()
         self.load_weights(weights)
 
@@ -211,33 +217,29 @@ class Engine:
         batch = self._batch = self._prepare(batch_size)
         self.scalars[PER_SAMPLE] = 1.0 / batch_size
         for name, values in activities.items():
-            slot, buffer = self.layout.node("initial", self.net.node_index(name))
-            self.backend.write(batch.buffers[buffer.name], slot, values)
+            self.backend.write(*batch.given[name], values)
         batch.initialise()
         batch.measure_initial()
         tolerance, watched = self.inference.tolerance, record or self.inference.tolerance is not None
-        first = self._energies(batch, batch_size)
-        history = [first]
+        history = [self._energies(batch, batch_size, "initial_")[0]] if watched else []
         status, steps = Status.COMPLETED, 0
         while steps < self.inference.num_steps and status is Status.COMPLETED:
             batch.steps[min(steps, len(batch.steps) - 1)]()
             steps += 1
             if watched:
                 batch.measure()
-                history.append(self._energies(batch, batch_size))
+                history.append(self._energies(batch, batch_size)[0])
                 if tolerance is not None and steps >= len(batch.steps):
                     before, after = sum(history[-2]), sum(history[-1])
                     if abs(before - after) <= tolerance * abs(before):
                         status = Status.CONVERGED
         batch.finish()
         batch.measure()
-        last = self._energies(batch, batch_size)
-        if not watched:
-            history.append(last)
-        norms = [value**0.5 for value in self._sums(batch, "square", batch_size)]
-        return Relaxation(
-            self._judge(status, first, last, norms), last, norms, steps, history if record else None
-        )
+        first, _ = self._energies(batch, batch_size, "initial_")
+        last, squares = self._energies(batch, batch_size)
+        norms = [math.sqrt(square) for square in squares]
+        status = self._judge(status, first, last)
+        return Relaxation(status, last, norms, steps, history if record else None)
 
     def write_errors(self, errors: Mapping[str, Tensor]) -> None:
         """Replaces the errors of the last relaxed batch, [B, units] per predicted node."""
@@ -283,11 +285,17 @@ class Engine:
                 if name not in buffers:
                     buffers[name] = self.backend.allocate(buffer, batch_size)
 
+            given: dict[str, tuple[Any, Slot]] = {}
+            for name in {INPUT, *self.clamped, *self.placed}:
+                slot, buffer = self.layout.node("initial", self.net.node_index(name))
+                given[name] = buffers[buffer.name], slot
+
             def bind(section: str) -> Callable[[], None]:
                 return self.backend.bind(getattr(self.program, section), buffers, self.scalars)
 
             self._batches[batch_size] = _Batch(
                 buffers,
+                given,
                 bind("initialise"),
                 bind("measure_initial"),
                 [self.backend.bind(code, buffers, self.scalars) for code in self.program.steps],
@@ -297,18 +305,19 @@ class Engine:
             )
         return self._batches[batch_size]
 
-    def _energies(self, batch: _Batch, batch_size: int) -> list[float]:
-        """Energy per layer, batch mean: F_l = 1/2 (mean e'Pe - log|P|), or the mean cross-entropy."""
-        squares, weighted = self._sums(batch, "square", batch_size), self._sums(batch, "energy", batch_size)
-        energies = []
-        for layer, square, other in zip(self.net.layers, squares, weighted, strict=True):
+    def _energies(self, batch: _Batch, batch_size: int, when: str = "") -> tuple[list[float], list[float]]:
+        """Energy and e'e per layer, batch mean: F_l = 1/2 (mean e'Pe - log|P|), or the mean cross-entropy."""
+        squares = self._sums(batch, f"{when}square", batch_size)
+        weighted = self._sums(batch, f"{when}energy", batch_size)
+        energies: list[float] = []
+        for layer, square, other, constant in zip(
+            self.net.layers, squares, weighted, self._constants, strict=True
+        ):
             if isinstance(layer.energy, Categorical):
                 energies.append(other)
-            elif layer.energy.is_unit:
-                energies.append(0.5 * square)
             else:
-                energies.append(0.5 * (other - layer.energy.log_determinant(layer.units)))
-        return energies
+                energies.append(0.5 * (square if layer.energy.is_unit else other) + constant)
+        return energies, squares
 
     def _sums(self, batch: _Batch, role: str, batch_size: int) -> list[float]:
         name, count = f"{role}@sums", len(self.net.layers)
@@ -317,14 +326,10 @@ class Engine:
         sums = self.backend.read(batch.buffers[name], Slot(name, 0, count))
         return [value / batch_size for value in sums.view(-1).tolist()]
 
-    def _judge(self, status: Status, first: list[float], last: list[float], norms: list[float]) -> Status:
-        if not all(map(torch.isfinite, torch.tensor([last, norms]).view(-1))):
+    def _judge(self, status: Status, first: list[float], last: list[float]) -> Status:
+        if not math.isfinite(sum(last)):
             return Status.NON_FINITE
-        constant = sum(
-            -0.5 * layer.energy.log_determinant(layer.units)
-            for layer in self.net.layers
-            if isinstance(layer.energy, Gaussian)
-        )
+        constant = sum(self._constants)
         before, after = sum(first) - constant, sum(last) - constant
         if self.inference.prediction == "live" and after > DIVERGENCE_FACTOR * max(before, 1e-30):
             return Status.DIVERGED
