@@ -9,7 +9,9 @@ core, and a group's weights likewise.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -25,25 +27,38 @@ class Layout:
     nodes: tuple[tuple[int, int], ...]
     layers: tuple[tuple[int, int], ...]
 
+    # Looked up for every instruction, so computed once.
+    @cached_property
+    def _widths(self) -> tuple[int, ...]:
+        return self.net.widths
+
+    @cached_property
+    def _stack_sizes(self) -> Counter[int]:
+        return Counter(stack for stack, _ in self.nodes)
+
+    @cached_property
+    def _group_sizes(self) -> Counter[int]:
+        return Counter(group for group, _ in self.layers)
+
     def node(self, role: str, index: int) -> tuple[Slot, Buffer]:
         """The slot of node `index` in the buffer of `role`, and that buffer: [nodes in the stack, batch,
         units].
         """
         stack, position = self.nodes[index]
-        count = sum(other == stack for other, _ in self.nodes)
         name = f"{role}@nodes{stack}"
-        return Slot(name, position, position + 1), Buffer(name, count, BATCH, self.net.widths[index])
+        return Slot(name, position, position + 1), Buffer(
+            name, self._stack_sizes[stack], BATCH, self._widths[index]
+        )
 
     def layer(self, role: str, index: int) -> tuple[Slot, Buffer]:
         """The slot of layer `index` (1..L) in the buffer of `role`: [layers, in, out], or [layers, 1, out]
         for a bias.
         """
         group, position = self.layers[index - 1]
-        count = sum(other == group for other, _ in self.layers)
-        fan_in, fan_out = self.net.widths[index - 1 : index + 1]
+        fan_in, fan_out = self._widths[index - 1 : index + 1]
         name = f"{role}@layers{group}"
         rows = 1 if role.startswith("bias") else fan_in
-        return Slot(name, position, position + 1), Buffer(name, count, rows, fan_out)
+        return Slot(name, position, position + 1), Buffer(name, self._group_sizes[group], rows, fan_out)
 
 
 def layout(net: Network, grouped: bool = True) -> Layout:

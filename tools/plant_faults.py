@@ -122,8 +122,8 @@ FAULTS = (
         "_matmul(instruction, outs[0], a.mT, b, [], scalars)",
         "_matmul(instruction, outs[0], b.mT, a, [], scalars)",
     ),
-    Fault("energy-without-half", "factor", ENGINE, "0.5 * square", "1.0 * square"),
-    Fault("log-precision-sign", "factor", ENGINE, "other - layer.energy.log", "other + layer.energy.log"),
+    Fault("energy-without-half", "factor", ENGINE, "(0.5 * (square", "(1.0 * (square"),
+    Fault("log-precision-sign", "factor", ENGINE, "-0.5 * layer.energy.log", "+0.5 * layer.energy.log"),
     Fault("gradient-not-per-sample", "factor", ENGINE, "= 1.0 / batch_size", "= 1.0"),
     Fault(
         "rate-twice",
