@@ -58,15 +58,28 @@ def loss(net: Network, output: Tensor, targets: Tensor) -> Tensor:
 
 def gradients(net: Network, weights: Weights, inputs: Tensor, targets: Tensor) -> tuple[Weights, float]:
     """(dloss/dW of the batch mean, same tree as `weights`; the mean loss)."""
+    return differentiate(net, weights, inputs, targets)[:2]
+
+
+def differentiate(
+    net: Network, weights: Weights, inputs: Tensor, targets: Tensor
+) -> tuple[Weights, float, float]:
+    """What `gradients` gives, and the norm of the output's error, root of the batch mean of e'e."""
     leaves = {
         name: {key: value.detach().requires_grad_() for key, value in layer.items()}
         for name, layer in weights.items()
     }
-    mean = loss(net, forward(net, leaves, inputs)[-1], targets).mean()
+    output = forward(net, leaves, inputs)[-1]
+    mean = loss(net, output, targets).mean()
     mean.backward()
+    prediction = output.detach()
+    if isinstance(net.layers[-1].energy, Categorical):
+        prediction = torch.softmax(prediction, -1)
+    square = (targets - prediction).square().sum(-1).mean()
     return (
         {name: {key: _gradient(value) for key, value in layer.items()} for name, layer in leaves.items()},
         float(mean.detach()),
+        float(square.sqrt()),
     )
 
 

@@ -97,7 +97,6 @@ def train(
         tensorboard: Mirror the metrics to tensorboard files in the run folder.
         json: Print JSON lines instead of text.
     """
-
     config = _override(
         _configuration(what),
         {
@@ -129,7 +128,6 @@ def train(
 def _train(
     config: RunConfig, dataset: Dataset, trainer: Trainer, folder: Path, report: Reporter, is_new: bool
 ) -> int:
-
     training, validation = split_validation(dataset.train, config.data.validation, config.training.seed)
     report.start(config, dataset, trainer, folder, len(training), is_new)
     metrics = folder / record.FILE_NAME
@@ -180,7 +178,6 @@ def evaluate(run: Path, /, *, data_dir: str | None = None, json: bool = False) -
         data_dir: Folder of the data files; else the one of the run, else PCTT_DATA.
         json: Print one JSON object instead of text.
     """
-
     config = _override(_saved_configuration(run), {"data.data_dir": data_dir})
     trainer = load_run(run, config.training.backend, config.training.device)
     dataset = _load_data(config)
@@ -209,7 +206,6 @@ def doctor(*, data_dir: str | None = None, json: bool = False) -> int:
         data_dir: Folder to look for data in; else the environment variable PCTT_DATA.
         json: Print one JSON object a line.
     """
-
     findings = examine(data_dir)
     for finding in findings:
         if json:
@@ -225,7 +221,6 @@ def doctor(*, data_dir: str | None = None, json: bool = False) -> int:
 
 
 def _configuration(what: str) -> RunConfig:
-
     if what in PRESETS:
         return PRESETS[what]()
     if not what.endswith(".toml"):
@@ -240,7 +235,6 @@ def _configuration(what: str) -> RunConfig:
 
 
 def _assignments(settings: tuple[str, ...]) -> dict[str, Any]:
-
     values: dict[str, Any] = {}
     for setting in settings:
         key, separator, text = setting.partition("=")
@@ -252,7 +246,6 @@ def _assignments(settings: tuple[str, ...]) -> dict[str, Any]:
 
 def _override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     """`config` with the given dotted keys replaced; None leaves a key as it is."""
-
     entries = to_dict(config)
     for key, value in sorted(values.items(), key=lambda item: not item[0].endswith("kind")):
         if value is None:
@@ -279,7 +272,6 @@ def _write_configuration(path: Path, config: RunConfig) -> None:
 
 
 def _saved_configuration(folder: Path) -> RunConfig:
-
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
@@ -303,7 +295,6 @@ FREE_ON_RESUME = (
 
 def _resumed_configuration(folder: Path, asked: RunConfig) -> RunConfig:
     """The configuration of the run in `folder`, which must be the one asked for but for FREE_ON_RESUME."""
-
     saved, wanted = to_dict(_saved_configuration(folder)), to_dict(asked)
     for key in FREE_ON_RESUME:
         table, _, name = key.partition(".")
@@ -343,16 +334,14 @@ def _run_folder(out: Path | None, name: str, resume: bool) -> Path:
 
 
 def _load_data(config: RunConfig) -> Dataset:
-
     if config.data.name == "digits" and config.data.data_dir is not None:
-        print("pctt: data_dir has no effect on digits, which comes with scikit-learn", file=sys.stderr)
+        say_error("data_dir has no effect on digits, which comes with scikit-learn")
         return load(config.data.name)
     return load(config.data.name, config.data.data_dir)
 
 
 def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) -> tuple[Trainer, bool]:
     """The trainer of a run, and whether the run begins here."""
-
     settings = config.training
     if resume and (folder / CHECKPOINT).is_file():
         trainer = load_run(folder, settings.backend, settings.device)

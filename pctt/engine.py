@@ -221,22 +221,22 @@ class Engine:
         batch.initialise()
         batch.measure_initial()
         tolerance, watched = self.inference.tolerance, record or self.inference.tolerance is not None
-        history = [self._energies(batch, batch_size, "initial_")[0]] if watched else []
+        history = [self._energies(batch, "initial_")[0]] if watched else []
         status, steps = Status.COMPLETED, 0
         while steps < self.inference.num_steps and status is Status.COMPLETED:
             batch.steps[min(steps, len(batch.steps) - 1)]()
             steps += 1
             if watched:
                 batch.measure()
-                history.append(self._energies(batch, batch_size)[0])
+                history.append(self._energies(batch)[0])
                 if tolerance is not None and steps >= len(batch.steps):
                     before, after = sum(history[-2]), sum(history[-1])
                     if abs(before - after) <= tolerance * abs(before):
                         status = Status.CONVERGED
         batch.finish()
         batch.measure()
-        first, _ = self._energies(batch, batch_size, "initial_")
-        last, squares = self._energies(batch, batch_size)
+        first, _ = self._energies(batch, "initial_")
+        last, squares = self._energies(batch)
         norms = [math.sqrt(square) for square in squares]
         status = self._judge(status, first, last)
         return Relaxation(status, last, norms, steps, history if record else None)
@@ -305,10 +305,10 @@ class Engine:
             )
         return self._batches[batch_size]
 
-    def _energies(self, batch: _Batch, batch_size: int, when: str = "") -> tuple[list[float], list[float]]:
+    def _energies(self, batch: _Batch, when: str = "") -> tuple[list[float], list[float]]:
         """Energy and e'e per layer, batch mean: F_l = 1/2 (mean e'Pe - log|P|), or the mean cross-entropy."""
-        squares = self._sums(batch, f"{when}square", batch_size)
-        weighted = self._sums(batch, f"{when}energy", batch_size)
+        squares = self._sums(batch, f"{when}square")
+        weighted = self._sums(batch, f"{when}energy")
         energies: list[float] = []
         for layer, square, other, constant in zip(
             self.net.layers, squares, weighted, self._constants, strict=True
@@ -319,12 +319,13 @@ class Engine:
                 energies.append(0.5 * (square if layer.energy.is_unit else other) + constant)
         return energies, squares
 
-    def _sums(self, batch: _Batch, role: str, batch_size: int) -> list[float]:
+    def _sums(self, batch: _Batch, role: str) -> list[float]:
+        """Per layer, batch mean."""
         name, count = f"{role}@sums", len(self.net.layers)
         if name not in batch.buffers:  # every layer's energy follows from its squares
             return [0.0] * count
         sums = self.backend.read(batch.buffers[name], Slot(name, 0, count))
-        return [value / batch_size for value in sums.view(-1).tolist()]
+        return [value * self.scalars[PER_SAMPLE] for value in sums.view(-1).tolist()]
 
     def _judge(self, status: Status, first: list[float], last: list[float]) -> Status:
         if not math.isfinite(sum(last)):

@@ -2,9 +2,11 @@
 
 An instruction reads and writes slots that belong to one layer and its two nodes, so whatever program is built
 from them is local by construction. `assemble.py` writes programs, `backends/` run them, and anything else (a
-planner, a cost model, a drawing) can read them. Batch reduction: `PER_SAMPLE`, the factor 1/B, stands in the
-instructions of the weight gradients and nowhere else; the inference instructions have no batch factor at all,
-so each sample relaxes as if it were alone.
+planner, a cost model, a drawing) can read them.
+
+Batch reduction: `PER_SAMPLE`, the factor 1/B, stands in the instructions of the weight gradients and, for the
+energies it reports, in the engine. The inference instructions have no batch factor at all, so each sample
+relaxes as if it were alone.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ class Reporter:
         knobs = config.inference
         how = f"T={knobs.num_steps}, rate={knobs.rate:g}, {knobs.prediction} prediction"
         print(
-            f"{verb} {widths} ({trainer.net.num_weights():,} weights) on {dataset.name}: {num_training} "
-            "training, "
-            f"{len(dataset.train) - num_training} validation, {len(dataset.test)} test samples; "
+            f"{verb} {widths} ({trainer.net.num_weights():,} weights) on {dataset.name}: "
+            f"{num_training} training, {len(dataset.train) - num_training} validation, "
+            f"{len(dataset.test)} test samples; "
             f"{'predictive coding, ' + how if config.training.algorithm == 'pc' else 'backpropagation'}; "
             f"backend {config.training.backend}",
             flush=True,
@@ -132,7 +132,7 @@ def draw(folder: Path, config: RunConfig) -> Path | None:
     try:
         return plots.draw_run(record.read(folder / record.FILE_NAME), folder / CURVES, title)
     except ImportError as error:
-        print(f"no picture of the curves: {error}", file=sys.stderr)
+        say_error(f"no picture of the curves: {error}")
         return None
 
 

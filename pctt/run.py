@@ -233,10 +233,11 @@ class Trainer:
 
     def _train_batch(self, inputs: Tensor, targets: Tensor, rate: float, record: bool) -> Relaxation:
         if self.algorithm == "backprop":
-            gradients, loss = backprop.gradients(self.net, self.engine.weights(), inputs, targets)
-            energies = [0.0] * (len(self.net.layers) - 1) + [loss]
+            weights = self.engine.weights()
+            gradients, loss, error_norm = backprop.differentiate(self.net, weights, inputs, targets)
+            hidden = [0.0] * (len(self.net.layers) - 1)  # which have no error of their own
             status = Status.COMPLETED if math.isfinite(loss) else Status.NON_FINITE
-            relaxation = Relaxation(status, energies, [math.sqrt(2.0 * max(0.0, e)) for e in energies], 0)
+            relaxation = Relaxation(status, [*hidden, loss], [*hidden, error_norm], 0)
             self.engine.load_gradients(gradients)
         else:
             relaxation = self.engine.relax({INPUT: inputs, self.net.output: targets}, record)

@@ -197,3 +197,21 @@ def test_predictions_do_not_depend_on_how_many_are_asked_for_at_once(monkeypatch
     monkeypatch.setattr(run, "EVALUATION_BATCH", 7)
     # another batch size may take another summation order of 8 products: a few ulp
     torch.testing.assert_close(trainer().predict(inputs), whole, rtol=0, atol=8 * 2**-23)
+
+
+@pytest.mark.parametrize("output", [pctt.Dense(3), pctt.Dense(3, energy=pctt.Gaussian(4.0)), "categorical"])
+def test_the_twin_records_the_error_of_its_output(output):
+    """Its norm is that of target minus prediction, whatever the energy: not derived from the loss."""
+    if output == "categorical":
+        output = pctt.Dense(3, "softmax", energy=pctt.Categorical())
+    net, data, events = pctt.chain(6, [pctt.Dense(8, "tanh"), output]), blobs(), []
+    t = pctt.Trainer(net, algorithm="backprop", batch_size=96)
+    weights = t.weights
+    t.fit(data, 1, callbacks=[lambda kind, fields: events.append((kind, fields))])
+    logits = torch.tanh(data.inputs @ weights["dense1"]["weight"]) @ weights["dense2"]["weight"]
+    prediction = logits.softmax(-1) if output.activation == "softmax" else logits
+    error = torch.nn.functional.one_hot(data.labels, 3) - prediction
+    (batch,) = [fields for kind, fields in events if kind == "batch"]
+    # fp32 sums over 96 samples in another order: 96 roundings of 6e-8 at the very most
+    expected = pytest.approx(float(error.square().sum(-1).mean().sqrt()), rel=1e-5)
+    assert batch["error_norms"] == {"dense1": 0.0, "dense2": expected}
