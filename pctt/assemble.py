@@ -38,14 +38,18 @@ def assemble(
     clamped: Collection[int],
     placed: Collection[int] = (),
     learning: Learning | None = None,
+    uniform: bool = False,
 ) -> Program:
     """The program for one choice of clamped nodes.
 
     clamped: indices of nodes held at data.
     placed: indices of free nodes that start at given activities instead of at their predictions.
     learning: the rule that `update` applies; without one `update` is empty.
+    uniform: every inference step serves every layer, also those no error has reached yet, whose update is
+        zero. For machines on which all layers run at once and a second kind of step costs more than it saves.
     """
-    return Assembler(layout, inference, frozenset(clamped), frozenset(placed)).program(learning)
+    uniform = uniform and inference.num_steps > 0
+    return Assembler(layout, inference, frozenset(clamped), frozenset(placed), uniform).program(learning)
 
 
 @dataclass
@@ -62,7 +66,12 @@ class Assembler:
     """Collects instructions; the rules of layers, dynamics and learning write theirs through it."""
 
     def __init__(
-        self, layout: Layout, inference: Inference, clamped: frozenset[int], placed: frozenset[int]
+        self,
+        layout: Layout,
+        inference: Inference,
+        clamped: frozenset[int],
+        placed: frozenset[int],
+        uniform: bool = False,
     ) -> None:
         self.layout = layout
         self.net: Network = layout.net
@@ -72,7 +81,11 @@ class Assembler:
         self.free = frozenset(range(len(self.net.nodes))) - clamped
         self.buffers: dict[str, Buffer] = {}
         self.code: list[Instruction] = []
+        self.uniform = uniform
         self.reach = _Reach(frozenset(), frozenset(i for i in self.given if i and not self.floats(i)))
+        if uniform:
+            sinks = [i for i in range(1, len(self.net.nodes)) if not self.floats(i)]
+            self.reach = _Reach(frozenset(i for i in self.free if not self.floats(i)), frozenset(sinks))
 
     # --- the program ----------------------------------------------------------------------------------------
 
@@ -121,6 +134,8 @@ class Assembler:
                     self._set_error(index, self.emit("fill", self.node("error", index), scale=0.0))
             for role in DYNAMICS[self.inference.dynamics].state:
                 self.emit("fill", self.node(role, index), scale=0.0)
+        if self.uniform:  # the first step, too, then finds drives and sources where the later ones do
+            self._predict()
 
     def _step(self) -> None:
         moved, charged = self.reach.moved, self.reach.charged
@@ -137,6 +152,10 @@ class Assembler:
             index for index in reached | predicted if index in self._layers() and not self.floats(index)
         }
         self.reach = _Reach(moved, charged)
+        self._predict()
+
+    def _predict(self) -> None:
+        """The errors that belong to the deviations as they are now."""
         for index in self._layers():
             if self._recomputed(index) and not self.floats(index):
                 self.net.layers[index - 1].predict(self, index)
@@ -218,9 +237,9 @@ class Assembler:
         return slot
 
     def _sum(self, role: str, index: int) -> Slot:
-        name = f"{role}@sums"
-        self.buffers[name] = Buffer(name, len(self.net.layers), 1, 1)
-        return Slot(name, index - 1, index)
+        slot, buffer = self.layout.sum(role, index)
+        self.buffers[buffer.name] = buffer
+        return slot
 
     def _precision(self, index: int) -> Slot:
         name = f"precision@{index}"

@@ -17,12 +17,22 @@ from torch import Tensor
 
 from pctt.assemble import assemble
 from pctt.backends import backend as open_backend
+from pctt.backends.precision import PrecisionPolicy
 from pctt.energies import Categorical, Gaussian
-from pctt.groups import layout
+from pctt.groups import Layout
 from pctt.inference import Inference
 from pctt.learning import Learning
 from pctt.network import INPUT, Network, Weights, check_weights
-from pctt.program import INFERENCE_RATE, LEARNING_RATE, LEARNING_STEP, PER_SAMPLE, Buffer, Slot
+from pctt.program import (
+    BATCH,
+    INFERENCE_RATE,
+    LEARNING_RATE,
+    LEARNING_STEP,
+    PER_SAMPLE,
+    Buffer,
+    Program,
+    Slot,
+)
 
 DIVERGENCE_FACTOR = 10.0
 """A relaxation that ends above this multiple of the energy it began with has diverged: a stable one only
@@ -72,6 +82,8 @@ class _Batch:
     finish: Callable[[], None]
     measure: Callable[[], None]
     gradients: Callable[[], None]
+    relaxation: Callable[[], None]  # all of inference in one
+    learning: Callable[[], None]  # gradients and update in one
 
 
 class Engine:
@@ -80,6 +92,8 @@ class Engine:
     clamped: names of the nodes held at data.
     placed: names of free nodes that are given their initial activities.
     learning: the rule applied by `update`.    grouped: stack equal layers (same numbers either way).
+    precision: formats of the tensors on a card; not for the reference backend.
+    batch_size: of the largest batches to come, for which a card backend plans its memory.
     Buffers are reused between batches; what the caller gets is always a copy.
     """
 
@@ -94,6 +108,8 @@ class Engine:
         backend: str = "reference",
         device: str | int | None = None,
         grouped: bool = True,
+        precision: PrecisionPolicy | None = None,
+        batch_size: int = 32,
     ) -> None:
         self.net = net
         self.inference = inference
@@ -101,12 +117,14 @@ class Engine:
         self.dtype = check_weights(net, weights)
         self.clamped = tuple(clamped)
         self.placed = tuple(placed)
-        self.layout = layout(net, grouped)
-        self.backend = open_backend(backend, self.dtype, device)
+        self.backend = open_backend(backend, self.dtype, device, precision)
         indices = [net.node_index(name) for name in self.clamped]
-        self.program = assemble(
-            self.layout, inference, indices, [net.node_index(name) for name in self.placed], learning
-        )
+        placed_indices = [net.node_index(name) for name in self.placed]
+
+        def write(where: Layout) -> Program:
+            return assemble(where, inference, indices, placed_indices, learning, self.backend.uniform)
+
+        self.layout, self.program = self.backend.compile(net, grouped, write, batch_size)
         self.scalars = {
             INFERENCE_RATE: inference.rate,
             LEARNING_RATE: 0.0,
@@ -120,7 +138,9 @@ class Engine:
             if _is_persistent(buffer)
         }
         self._update = self.backend.bind(self.program.update, self._persistent, self.scalars)
+        self._refresh = self.backend.bind(self.program.refresh, self._persistent, self.scalars)
         self._batch: _Batch | None = None
+        self.batch_size = 0  # of the batch last relaxed
         self._constants = [  # -1/2 log|P| per layer
             -0.5 * layer.energy.log_determinant(layer.units) if isinstance(layer.energy, Gaussian) else 0.0
             for layer in net.layers
@@ -133,6 +153,7 @@ class Engine:
     def load_weights(self, weights: Weights) -> None:
         check_weights(self.net, weights)
         self._load(weights)
+        self._refresh()
 
     def weights(self) -> Weights:
         return self._read_tree("")
@@ -192,7 +213,8 @@ class Engine:
     def _read_layer(self, role: str, index: int) -> Tensor:
         slot, buffer = self.layout.layer(role, index)
         values = self.backend.read(self._persistent[buffer.name], slot)[0]
-        return values[0] if role.startswith("bias") else values
+        fan_in, fan_out = self.net.widths[index - 1 : index + 1]
+        return values[0, :fan_out] if role.startswith("bias") else values[:fan_in, :fan_out]
 
     def _load_precisions(self) -> None:
         for index, layer in enumerate(self.net.layers, start=1):
@@ -213,33 +235,57 @@ class Engine:
         missing = [name for name in (*self.clamped, *self.placed) if name not in activities]
         if missing:
             raise ValueError(f"node {missing[0]!r} is clamped or placed, so relax needs its activities.")
-        batch_size = next(iter(activities.values())).shape[0]
-        batch = self._batch = self._prepare(batch_size)
-        self.scalars[PER_SAMPLE] = 1.0 / batch_size
-        for name, values in activities.items():
-            self.backend.write(*batch.given[name], values)
+        batch = self._begin(activities)
+        tolerance, watched = self.inference.tolerance, record or self.inference.tolerance is not None
+        if not watched:
+            batch.relaxation()
+            return self._outcome(batch, Status.COMPLETED, self.inference.num_steps, None)
         batch.initialise()
         batch.measure_initial()
-        tolerance, watched = self.inference.tolerance, record or self.inference.tolerance is not None
-        history = [self._energies(batch, "initial_")[0]] if watched else []
+        history = [self._energies(batch, "initial_")[0]]
         status, steps = Status.COMPLETED, 0
         while steps < self.inference.num_steps and status is Status.COMPLETED:
             batch.steps[min(steps, len(batch.steps) - 1)]()
             steps += 1
-            if watched:
-                batch.measure()
-                history.append(self._energies(batch)[0])
-                if tolerance is not None and steps >= len(batch.steps):
-                    before, after = sum(history[-2]), sum(history[-1])
-                    if abs(before - after) <= tolerance * abs(before):
-                        status = Status.CONVERGED
+            batch.measure()
+            history.append(self._energies(batch)[0])
+            if tolerance is not None and steps >= self._num_settling:
+                before, after = sum(history[-2]), sum(history[-1])
+                if abs(before - after) <= tolerance * abs(before):
+                    status = Status.CONVERGED
         batch.finish()
         batch.measure()
+        return self._outcome(batch, status, steps, history if record else None)
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """The output predicted from `inputs` [B, D] alone, [B, units]: one feedforward sweep.
+
+        It counts as a batch whose free and clamped nodes are at their predictions.
+        """
+        self._begin({INPUT: inputs}).initialise()
+        return self.read_node("anchor", self.net.output)
+
+    def _begin(self, activities: Mapping[str, Tensor]) -> _Batch:
+        batch_size = next(iter(activities.values())).shape[0]
+        batch = self._batch = self._prepare(self.backend.rows(batch_size))
+        self.batch_size, self.scalars[PER_SAMPLE] = batch_size, 1.0 / batch_size
+        self.backend.begin(batch.buffers, batch_size)
+        for name, values in activities.items():
+            self.backend.write(*batch.given[name], values)
+        return batch
+
+    @property
+    def _num_settling(self) -> int:
+        """Inference steps until the errors have had time to reach every node."""
+        return len(self.net.layers) if self.backend.uniform else len(self.program.steps)
+
+    def _outcome(
+        self, batch: _Batch, status: Status, steps: int, trajectory: list[list[float]] | None
+    ) -> Relaxation:
         first, _ = self._energies(batch, "initial_")
         last, squares = self._energies(batch)
         norms = [math.sqrt(square) for square in squares]
-        status = self._judge(status, first, last)
-        return Relaxation(status, last, norms, steps, history if record else None)
+        return Relaxation(self._judge(status, first, last), last, norms, steps, trajectory)
 
     def write_errors(self, errors: Mapping[str, Tensor]) -> None:
         """Replaces the errors of the last relaxed batch, [B, units] per predicted node."""
@@ -255,16 +301,27 @@ class Engine:
 
     def update(self, learning_rate: float, step: int) -> None:
         """Applies the learning rule. step: number of this learning step, counted from 1."""
-        self.scalars[LEARNING_RATE], self.scalars[LEARNING_STEP] = learning_rate, float(step)
+        self._set_learning(learning_rate, step)
         self._update()
+
+    def learn(self, learning_rate: float, step: int) -> None:
+        """`compute_gradients` and `update` in one."""
+        assert self._batch is not None, "relax a batch first"
+        self._set_learning(learning_rate, step)
+        self._batch.learning()
+
+    def _set_learning(self, rate: float, step: int) -> None:
+        self.scalars[LEARNING_RATE], self.scalars[LEARNING_STEP] = rate, float(step)
 
     def read_node(self, role: str, name: str) -> Tensor:
         """A copy of one node's tensor of the last relaxed batch, [B, units]: "activity", "error", "anchor" or
         "initial".
         """
         assert self._batch is not None, "relax a batch first"
-        slot, buffer = self.layout.node(role, self.net.node_index(name))
-        return self.backend.read(self._batch.buffers[buffer.name], slot)[0]
+        index = self.net.node_index(name)
+        slot, buffer = self.layout.node(role, index)
+        values = self.backend.read(self._batch.buffers[buffer.name], slot)[0]
+        return values[: self.batch_size, : self.net.widths[index]]
 
     def bytes_allocated(self) -> dict[str, int]:
         """Bytes per buffer role, over all batch sizes in use."""
@@ -280,6 +337,8 @@ class Engine:
 
     def _prepare(self, batch_size: int) -> _Batch:
         if batch_size not in self._batches:
+            if self.backend.planned_rows is not None:
+                self._batches.clear()  # its memory is scarce, and smaller batches are padded from now on
             buffers = dict(self._persistent)
             for name, buffer in self.program.buffers.items():
                 if name not in buffers:
@@ -293,15 +352,22 @@ class Engine:
             def bind(section: str) -> Callable[[], None]:
                 return self.backend.bind(getattr(self.program, section), buffers, self.scalars)
 
+            names = ("initialise", "measure_initial", "finish", "measure", "gradients")
+            initialise, measure_initial, finish, measure, gradients = map(bind, names)
+            steps = [self.backend.bind(code, buffers, self.scalars) for code in self.program.steps]
+            walk = [steps[min(number, len(steps) - 1)] for number in range(self.program.num_steps)]
+            relaxation = [initialise, measure_initial, *walk, finish, measure]
             self._batches[batch_size] = _Batch(
                 buffers,
                 given,
-                bind("initialise"),
-                bind("measure_initial"),
-                [self.backend.bind(code, buffers, self.scalars) for code in self.program.steps],
-                bind("finish"),
-                bind("measure"),
-                bind("gradients"),
+                initialise,
+                measure_initial,
+                steps,
+                finish,
+                measure,
+                gradients,
+                self.backend.sequence(relaxation),
+                self.backend.sequence([gradients, self._update]),
             )
         return self._batches[batch_size]
 
@@ -320,12 +386,21 @@ class Engine:
         return energies, squares
 
     def _sums(self, batch: _Batch, role: str) -> list[float]:
-        """Per layer, batch mean."""
-        name, count = f"{role}@sums", len(self.net.layers)
-        if name not in batch.buffers:  # every layer's energy follows from its squares
-            return [0.0] * count
-        sums = self.backend.read(batch.buffers[name], Slot(name, 0, count))
-        return [value * self.scalars[PER_SAMPLE] for value in sums.view(-1).tolist()]
+        """Per layer, batch mean; 0 where a layer's energy follows from its squares."""
+        found: dict[str, list[float]] = {}
+        sums: list[float] = []
+        for index in range(1, len(self.net.layers) + 1):
+            slot, buffer = self.layout.sum(role, index)
+            if buffer.name not in found:
+                whole = Slot(buffer.name, 0, buffer.count)
+                there = buffer.name in batch.buffers
+                found[buffer.name] = (
+                    self.backend.read(batch.buffers[buffer.name], whole).view(-1).tolist()
+                    if there
+                    else [0.0] * buffer.count
+                )
+            sums.append(found[buffer.name][slot.start] * self.scalars[PER_SAMPLE])
+        return sums
 
     def _judge(self, status: Status, first: list[float], last: list[float]) -> Status:
         if not math.isfinite(sum(last)):
@@ -338,5 +413,5 @@ class Engine:
 
 
 def _is_persistent(buffer: Buffer) -> bool:
-    """Whether a buffer outlives the batch: weights, gradients, learning state, precisions."""
-    return "@layers" in buffer.name or buffer.name.startswith("precision@")
+    """Whether a buffer is the same for every batch size: weights, gradients, learning state, numbers."""
+    return BATCH not in (buffer.rows, buffer.columns)

@@ -1,16 +1,18 @@
 """Groups: consecutive equal parts of a chain share one stacked buffer, so that one operation serves them all.
 
 A *stack* is a run of consecutive nodes of equal width; their activities, errors and so on are one buffer [N,
-B, D]. A *group* is a run of consecutive equal layers between nodes of one stack; their weights are one buffer
-[L, D, D]. An instruction names slots of these buffers, and `program.coalesce` merges instructions on
-neighbouring slots into one batched instruction. On a card a stack is one sharded tensor with one node per
-core, and a group's weights likewise.
+B, D]. A *group* is a run of consecutive layers between nodes of one stack, all with a bias or all without;
+their weights are one buffer [L, D, D]. An instruction names slots of these buffers, and `program.coalesce`
+merges instructions on neighbouring slots into one batched instruction. On a card, which stores whole tiles,
+widths count in tiles; a stack is one sharded tensor with one node per core, and a group's weights likewise.
+What one core cannot hold stands apart: a layer whose tiles are spread over all cores is a group of its own,
+and a node with such layers only is a stack of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -21,16 +23,26 @@ from pctt.program import BATCH, Buffer, Slot
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each node and layer lives: (stack, position) per node 0..L, (group, position) per layer 1..L."""
+    """Where each node and layer lives: (stack, position) per node 0..L, (group, position) per layer 1..L.
+
+    tile: what rows and columns of weights, and columns of nodes, are padded to a multiple of.
+    apart: layers that are spread over all cores.
+    """
 
     net: Network
     nodes: tuple[tuple[int, int], ...]
     layers: tuple[tuple[int, int], ...]
+    tile: int = 1
+    apart: frozenset[int] = frozenset()
+
+    def is_apart(self, index: int) -> bool:
+        """Whether node `index` is spread over all cores: no layer beside it lies on one core."""
+        return _is_apart(self.net, self.apart, index)
 
     # Looked up for every instruction, so computed once.
     @cached_property
     def _widths(self) -> tuple[int, ...]:
-        return self.net.widths
+        return tuple(padded(width, self.tile) for width in self.net.widths)
 
     @cached_property
     def _stack_sizes(self) -> Counter[int]:
@@ -50,6 +62,12 @@ class Layout:
             name, self._stack_sizes[stack], BATCH, self._widths[index]
         )
 
+    def sum(self, role: str, index: int) -> tuple[Slot, Buffer]:
+        """The slot of a number that belongs to node `index`, in a buffer [nodes in the stack, 1, 1]."""
+        stack, position = self.nodes[index]
+        name = f"{role}@sums{stack}"
+        return Slot(name, position, position + 1), Buffer(name, self._stack_sizes[stack], 1, 1)
+
     def layer(self, role: str, index: int) -> tuple[Slot, Buffer]:
         """The slot of layer `index` (1..L) in the buffer of `role`: [layers, in, out], or [layers, 1, out]
         for a bias.
@@ -61,18 +79,30 @@ class Layout:
         return Slot(name, position, position + 1), Buffer(name, self._group_sizes[group], rows, fan_out)
 
 
-def layout(net: Network, grouped: bool = True) -> Layout:
+def padded(size: int, tile: int) -> int:
+    """The smallest multiple of `tile` that holds `size`."""
+    return -(-size // tile) * tile
+
+
+def layout(net: Network, grouped: bool = True, tile: int = 1, apart: frozenset[int] = frozenset()) -> Layout:
     """The grouping of `net`; `grouped=False` gives every node and layer a buffer of its own."""
-    widths = net.widths
-    unnamed = [replace(layer, name=None) for layer in net.layers]
-    # A layer joins its predecessor's group when both are equal and both keep the width: then their nodes
-    # share a stack.
-    keys = [
-        (layer, widths[index]) if grouped and widths[index] == layer.units else (index,)
-        for index, layer in enumerate(unnamed)
+    widths = [padded(width, tile) for width in net.widths]
+
+    def joins(index: int) -> bool:
+        """Whether layer `index` may share a group: it keeps the width, so its nodes share a stack."""
+        return grouped and index not in apart and widths[index - 1] == widths[index]
+
+    layer_keys = [
+        (layer.bias, widths[i]) if joins(i) else (i,) for i, layer in enumerate(net.layers, start=1)
     ]
-    node_keys = list(widths) if grouped else list(range(len(widths)))
-    return Layout(net, _runs(node_keys), _runs(keys))
+    node_keys = [
+        (width,) if grouped and not _is_apart(net, apart, i) else (width, i) for i, width in enumerate(widths)
+    ]
+    return Layout(net, _runs(node_keys), _runs(layer_keys), tile, apart)
+
+
+def _is_apart(net: Network, apart: frozenset[int], node: int) -> bool:
+    return all(layer in apart for layer in (node, node + 1) if 1 <= layer <= len(net.layers))
 
 
 def _runs(keys: list[Any]) -> tuple[tuple[int, int], ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 BATCH = -1
 """Row count of a buffer that has one row per sample."""
@@ -57,7 +58,7 @@ class Instruction:
 
     out: one slot, or several for the few operations that write more than one.
     function: name of the activation where the op applies one.
-    options: further constants of the op, by name.
+    options: further constants of the op, by name: numbers, or for card operations chains of functions.
     """
 
     op: str
@@ -66,7 +67,7 @@ class Instruction:
     scale: float = 1.0
     scalar: str | None = None
     function: str | None = None
-    options: tuple[tuple[str, float], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         name = f"{self.op}.{self.function}" if self.function else self.op
@@ -76,6 +77,8 @@ class Instruction:
             words.append(f"s={factor}{self.scalar}")
         elif self.scale != 1.0 or not self.inputs:
             words.append(f"s={self.scale:g}")
+        chains = [(key, value) for key, value in self.options if isinstance(value, tuple)]
+        words += [f"{key}={'.'.join(' '.join(map(str, link)) for link in chain)}" for key, chain in chains]
         return f"{', '.join(map(str, self.out))} = {name}({', '.join(words)})"
 
 
@@ -84,6 +87,8 @@ class Program:
     """What one batch does, in order: initialise, measure_initial, step(1) .. step(num_steps), finish,
     measure, gradients, update.
 
+    refresh: what must follow when weights have been written from outside, for backends that keep copies of
+        them; empty in an assembled program.
     steps: the inference steps that differ from each other; the last one repeats. From a feedforward start the
     errors travel one layer per step (equality E2 of docs/mathematics.md), so the first steps need only the
     layers already reached.
@@ -98,6 +103,7 @@ class Program:
     gradients: tuple[Instruction, ...]
     update: tuple[Instruction, ...]
     num_steps: int
+    refresh: tuple[Instruction, ...] = ()
 
     def step(self, number: int) -> tuple[Instruction, ...]:
         """Instructions of inference step `number`, counted from 1."""

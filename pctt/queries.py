@@ -72,7 +72,15 @@ def infer(
     given = {**clamp, **(initial or {})}
     _check_given(net, clamp, initial or {}, dtype)
     engine = Engine(
-        net, weights, inference, tuple(clamp), tuple(initial or {}), None, backend, device, grouped
+        net,
+        weights,
+        inference,
+        tuple(clamp),
+        tuple(initial or {}),
+        backend=backend,
+        device=device,
+        grouped=grouped,
+        batch_size=len(next(iter(given.values()))),
     )
     relaxation = engine.relax(given, record=True)
     if throw and not relaxation.status.ok:
@@ -118,7 +126,16 @@ def weight_gradients(
     # recomputed predictions.
     base = result.initial if result.inference.prediction == "fixed" else result.activities
     at_rest = replace(result.inference, num_steps=0, tolerance=None)
-    engine = Engine(net, weights, at_rest, net.nodes, (), None, backend, device, grouped)
+    engine = Engine(
+        net,
+        weights,
+        at_rest,
+        net.nodes,
+        backend=backend,
+        device=device,
+        grouped=grouped,
+        batch_size=len(next(iter(base.values()))),
+    )
     engine.relax(base)
     engine.write_errors(result.errors)
     engine.compute_gradients()

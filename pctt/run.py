@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pctt import backprop, checkpoint
 from pctt._checks import require_count, require_one_of
+from pctt.backends.precision import PrecisionPolicy
 from pctt.config import ALGORITHMS, from_dict, to_dict
 from pctt.data import Split
 from pctt.energies import Categorical
@@ -74,6 +75,7 @@ class Trainer:
     weights: initial ones, else `init(net, seed)`.
     backend, device: where.    seed: of weights and batch order.    batch_size: samples per learning step.
     algorithm: "pc" or "backprop".    grouped: stack equal layers; the numbers are the same.
+    precision: formats of the tensors on a card.
 
     >>> trainer = Trainer(net, Inference(num_steps=20, rate=0.1), Adam(1e-3))  # doctest: +SKIP
     >>> trainer.fit((inputs, labels), epochs=5)  # doctest: +SKIP
@@ -92,6 +94,7 @@ class Trainer:
         batch_size: int = 64,
         algorithm: str = "pc",
         grouped: bool = True,
+        precision: PrecisionPolicy | None = None,
     ) -> None:
         require_count("seed", seed)
         require_count("batch_size", batch_size, least=1)
@@ -99,16 +102,23 @@ class Trainer:
         self.net = net
         self.inference = inference or Inference()
         self.learning = learning or Adam()
-        self.backend = backend
-        self.device = device
         self.seed = seed
         self.batch_size = batch_size
         self.algorithm = algorithm
-        self.grouped = grouped
         self.progress = Progress()
         weights = weights if weights is not None else init(net, seed)
-        self.engine = self._engine(weights, self.inference, (INPUT, net.output), self.learning)
-        self._reader: Engine | None = None
+        self.engine = Engine(
+            net,
+            weights,
+            self.inference,
+            clamped=(INPUT, net.output),
+            learning=self.learning,
+            backend=backend,
+            device=device,
+            grouped=grouped,
+            precision=precision,
+            batch_size=batch_size,
+        )
         self._stop_requested = False
 
     @property
@@ -214,22 +224,8 @@ class Trainer:
 
     def predict(self, inputs: Tensor) -> Tensor:
         """The output predicted from `inputs` [N, D] alone, [N, units]: one feedforward sweep."""
-        if self._reader is None:
-            self._reader = self._engine(self.engine.weights(), Inference(num_steps=0), (INPUT,), None)
-        else:
-            self._reader.load_weights(self.engine.weights())
-        outputs = []
-        for start in range(0, len(inputs), EVALUATION_BATCH):
-            self._reader.relax({INPUT: inputs[start : start + EVALUATION_BATCH]})
-            outputs.append(self._reader.read_node("anchor", self.net.output))
-        return torch.cat(outputs)
-
-    def _engine(
-        self, weights: Weights, inference: Inference, clamped: Sequence[str], learning: Learning | None
-    ) -> Engine:
-        return Engine(
-            self.net, weights, inference, clamped, (), learning, self.backend, self.device, self.grouped
-        )
+        size = self.engine.backend.planned_rows or EVALUATION_BATCH
+        return torch.cat([self.engine.predict(part) for part in inputs.split(size)])
 
     def _train_batch(self, inputs: Tensor, targets: Tensor, rate: float, record: bool) -> Relaxation:
         if self.algorithm == "backprop":
@@ -242,7 +238,8 @@ class Trainer:
         else:
             relaxation = self.engine.relax({INPUT: inputs, self.net.output: targets}, record)
             if relaxation.status.ok:
-                self.engine.compute_gradients()
+                self.engine.learn(rate, self.progress.step + 1)
+            return relaxation
         if relaxation.status.ok:
             self.engine.update(rate, self.progress.step + 1)
         return relaxation

@@ -22,14 +22,17 @@ where the operation is elementwise, or the addend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pctt._checks import require_one_of
-from pctt.program import Buffer, Instruction, Slot
+from pctt.backends.precision import PrecisionPolicy
+from pctt.groups import Layout
+from pctt.network import Network
+from pctt.program import Instruction, Program, Slot
 
 
 class BackendUnavailable(RuntimeError):
@@ -40,8 +43,35 @@ class Backend(Protocol):
     """One way to run programs. Buffers are the backend's own; only `write` and `read` cross to the host."""
 
     name: str
+    uniform: bool
+    """Whether inference steps that serve every layer run better than ones that skip layers not yet reached.
+    """
 
-    def allocate(self, buffer: Buffer, batch_size: int) -> Any:
+    @property
+    def planned_rows(self) -> int | None:
+        """Rows of the batches that memory was planned for; None where any number will do."""
+        ...
+
+    def compile(
+        self, net: Network, grouped: bool, write: Callable[[Layout], Program], batch_size: int
+    ) -> tuple[Layout, Program]:
+        """A layout of `net`, and the program that `write` gives for it, in the backend's own operations.
+
+        batch_size: of the largest batches to come.
+
+        Raises ValueError naming what the backend cannot run, or which layer does not fit its memory.
+        """
+        ...
+
+    def rows(self, batch_size: int) -> int:
+        """Rows to allocate for a batch, at least `batch_size`; batches of equal rows share their buffers."""
+        ...
+
+    def begin(self, buffers: Mapping[str, Any], batch_size: int) -> None:
+        """Called before each batch; rows from `batch_size` on must not count."""
+        ...
+
+    def allocate(self, buffer: Any, batch_size: int) -> Any:
         """A buffer full of zeros."""
         ...
 
@@ -51,12 +81,16 @@ class Backend(Protocol):
         """The instructions, ready to run on these buffers; scalars are looked up at each run."""
         ...
 
+    def sequence(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
+        """Bound sections as one call, which is always run whole."""
+        ...
+
     def write(self, buffer: Any, slot: Slot, values: Tensor) -> None:
-        """Host to buffer; shape [D] or [B, D] or [in, out] goes to a slot of one entry."""
+        """Host to buffer; shape [D] or [B, D] or [in, out] goes to a slot of one entry, 0 around it."""
         ...
 
     def read(self, buffer: Any, slot: Slot) -> Tensor:
-        """A copy on the host of the entries of a slot, with the first axis, in the buffer's dtype."""
+        """A copy on the host of the entries of a slot, with the first axis and all padding."""
         ...
 
     def synchronise(self) -> None:
@@ -64,15 +98,46 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS = ("reference",)
+def one_after_the_other(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """All calls as one."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
-def backend(name: str, dtype: torch.dtype, device: str | int | None = None) -> Backend:
+BACKENDS = ("reference", "emulated", "tenstorrent")
+
+
+def backend(
+    name: str,
+    dtype: torch.dtype,
+    device: str | int | None = None,
+    precision: PrecisionPolicy | None = None,
+) -> Backend:
     """The backend called `name`, opened on `device`.
+
+    device: reference: a torch device; emulated: a chip such as "n150"; tenstorrent: the number of a card.
+    precision: formats on the card; the reference computes in `dtype`.
 
     Raises ValueError for an unknown name, BackendUnavailable where it cannot run.
     """
     require_one_of("backend", name, BACKENDS)
+    if name == "emulated":
+        from pctt.backends.emulated import Emulated
+
+        return Emulated(dtype, device, precision)
+    if name == "tenstorrent":
+        from pctt.backends.tenstorrent import Tenstorrent
+
+        return Tenstorrent(dtype, device, precision)
     from pctt.backends.reference import Reference
 
+    if precision is not None:
+        raise ValueError(
+            "precision has no effect on the reference backend, which computes in the dtype of the weights; "
+            "drop it, or choose backend='emulated' or 'tenstorrent'."
+        )
     return Reference(dtype, device)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from pctt.activations import LEAKY_SLOPE
-from pctt.backends.operations import BackendUnavailable
-from pctt.program import LEARNING_STEP, Buffer, Instruction, Slot
+from pctt.backends.operations import BackendUnavailable, one_after_the_other
+from pctt.groups import Layout, layout
+from pctt.network import Network
+from pctt.program import LEARNING_STEP, Buffer, Instruction, Program, Slot
 
 Call = Callable[[], object]
 Scalars = Mapping[str, float]
@@ -71,19 +73,32 @@ class Reference:
                 "install a CUDA torch."
             )
 
+    uniform = False
+    planned_rows = None
+
+    def compile(
+        self, net: Network, grouped: bool, write: Callable[[Layout], Program], batch_size: int
+    ) -> tuple[Layout, Program]:
+        del batch_size
+        where = layout(net, grouped)
+        return where, write(where)
+
+    def rows(self, batch_size: int) -> int:
+        return batch_size
+
+    def begin(self, buffers: Mapping[str, Tensor], batch_size: int) -> None:
+        pass
+
+    def sequence(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
+        return one_after_the_other(calls)
+
     def allocate(self, buffer: Buffer, batch_size: int) -> Tensor:
         return torch.zeros(buffer.shape(batch_size), dtype=self.dtype, device=self.device)
 
     def bind(
         self, code: Iterable[Instruction], buffers: Mapping[str, Tensor], scalars: Scalars
     ) -> Callable[[], None]:
-        calls = [self._bind_one(instruction, buffers, scalars) for instruction in code]
-
-        def run() -> None:
-            for call in calls:
-                call()
-
-        return run
+        return one_after_the_other([self._bind_one(instruction, buffers, scalars) for instruction in code])
 
     def write(self, buffer: Tensor, slot: Slot, values: Tensor) -> None:
         buffer[slot.start].copy_(values.detach())

@@ -126,17 +126,31 @@ def test_runs_of_equal_layers_share_a_group_and_runs_of_equal_widths_a_stack():
     assert where.layers == ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))
 
 
-def test_layers_that_differ_in_anything_but_their_name_are_not_grouped():
+def test_layers_are_grouped_by_width_and_bias_whatever_their_activation():
+    """What layers compute is in the instructions; a group only says that their tensors are stacked."""
     kinds = [
         Dense(4, "tanh"),
         Dense(4, "gelu"),
         Dense(4, "gelu", bias=False),
         Dense(4, "gelu", bias=False, activate="input"),
-        Dense(4, "gelu", bias=False, activate="input", energy=Gaussian(2.0)),
+        Dense(4, "gelu", energy=Gaussian(2.0)),
     ]
-    assert [group for group, _ in layout(chain(4, kinds)).layers] == [0, 1, 2, 3, 4]
-    named = [Dense(4, "tanh", name=name) for name in "abc"]
-    assert layout(chain(4, named)).layers == ((0, 0), (0, 1), (0, 2))
+    assert layout(chain(4, kinds)).layers == ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0))
+
+
+def test_widths_are_grouped_as_they_are_stored():
+    """In tiles of 32, 20 and 30 units take the same room, 40 take two tiles."""
+    net = chain(20, [Dense(30), Dense(20), Dense(40), Dense(64)])
+    assert layout(net, tile=32).layers == ((0, 0), (0, 1), (1, 0), (2, 0))
+    assert layout(net, tile=32).nodes == ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))
+
+
+def test_a_layer_that_stands_apart_shares_nothing():
+    """Of 4-4-4-4-4 with layers 1 and 3 apart: node 0 has no other layer, so it stands apart, too."""
+    where = layout(chain(4, [Dense(4)] * 4), apart=frozenset({1, 3}))
+    assert where.layers == ((0, 0), (1, 0), (2, 0), (3, 0))
+    assert where.nodes == ((0, 0), (1, 0), (1, 1), (1, 2), (1, 3))
+    assert [where.is_apart(node) for node in range(5)] == [True, False, False, False, False]
 
 
 def test_ungrouped_everything_stands_alone():

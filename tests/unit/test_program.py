@@ -269,14 +269,12 @@ def place(where: Layout, slot: Slot) -> tuple[str, int]:
     """("node", l), ("layer", l) or ("sum", l) of a slot of one entry, with l counted 0..L or 1..L."""
     assert slot.stop == slot.start + 1
     home = slot.buffer.partition("@")[2]
-    if home == "sums":
-        return "sum", slot.start + 1
     if home.isdigit():  # the precision of one node
         return "node", int(home)
-    kind, number = re.fullmatch(r"(nodes|layers)(\d+)", home).groups()
-    table = where.nodes if kind == "nodes" else where.layers
+    kind, number = re.fullmatch(r"(nodes|sums|layers)(\d+)", home).groups()
+    table = where.layers if kind == "layers" else where.nodes
     index = table.index((int(number), slot.start))
-    return ("node", index) if kind == "nodes" else ("layer", index + 1)
+    return {"nodes": ("node", index), "sums": ("sum", index), "layers": ("layer", index + 1)}[kind]
 
 
 @pytest.mark.parametrize("settings_", ["live", "live, momentum", "fixed"])

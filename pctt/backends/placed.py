@@ -1,0 +1,97 @@
+"""What the emulated and the Tenstorrent backend share: lowering, padding, masks, and the limit of L1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pctt.backends.lowering import TILE, CardBuffer
+from pctt.backends.precision import PrecisionPolicy
+from pctt.groups import Layout, padded
+from pctt.network import Network
+from pctt.placement.budget import refuse_unless_it_fits
+from pctt.placement.chips import Chip
+from pctt.placement.plan import arrange
+from pctt.program import Program, Slot
+
+
+class Placed:
+    """A backend whose tensors lie on the cores of a chip. Subclasses move the data and run the operations."""
+
+    name = "placed"
+    uniform = True
+
+    def __init__(
+        self, dtype: torch.dtype, chip: Chip, grid: tuple[int, int], policy: PrecisionPolicy | None
+    ) -> None:
+        if dtype != torch.float32:
+            raise ValueError(
+                f"the {self.name} backend takes float32 weights and rounds them as its policy says, got "
+                f"{dtype}; convert the weights, or use backend='reference' for float64."
+            )
+        self.chip = chip
+        self.grid = grid
+        self.policy = policy or PrecisionPolicy()
+        self.fidelity = self.policy.fidelity or chip.fp32_fidelity
+        self._buffers: dict[str, CardBuffer] = {}
+        self.planned_rows = 0
+        self._masked: dict[int, int] = {}  # batch size that the masks of a set of buffers stand for
+
+    def compile(
+        self, net: Network, grouped: bool, write: Callable[[Layout], Program], batch_size: int
+    ) -> tuple[Layout, Program]:
+        self.planned_rows = padded(batch_size, TILE)
+        self.layout, self.program = arrange(
+            net, grouped, write, self.policy, self.chip, self.grid, self.planned_rows
+        )
+        self._buffers = {
+            name: buffer for name, buffer in self.program.buffers.items() if isinstance(buffer, CardBuffer)
+        }
+        return self.layout, self.program
+
+    def buffer(self, name: str) -> CardBuffer:
+        return self._buffers[name]
+
+    def rows(self, batch_size: int) -> int:
+        if batch_size > self.planned_rows:
+            rows = padded(batch_size, TILE)
+            refuse_unless_it_fits(self.program, self.layout, self.chip, self.grid, rows)
+            self.planned_rows = rows
+        return self.planned_rows
+
+    def begin(self, buffers: Mapping[str, Any], batch_size: int) -> None:
+        if self._masked.get(id(buffers)) == batch_size:
+            return
+        self._masked[id(buffers)] = batch_size
+        for name, handle in buffers.items():
+            buffer = self._buffers[name]
+            if buffer.content == "mask":
+                for entry, width in enumerate(buffer.widths):
+                    self.write(handle, Slot(name, entry, entry + 1), torch.ones(batch_size, width))
+
+    def write(self, buffer: Any, slot: Slot, values: Tensor) -> None:
+        entry = self._buffers[slot.buffer]
+        rows, columns = (size * TILE for size in entry.tiles(self.planned_rows))
+        values = values.detach().to("cpu", torch.float32)
+        values = values[None] if values.dim() == 1 else values
+        whole = torch.zeros(rows, columns)
+        whole[: values.shape[0], : values.shape[1]] = values
+        self.put(buffer, entry, slot.start, whole)
+
+    def read(self, buffer: Any, slot: Slot) -> Tensor:
+        entry = self._buffers[slot.buffer]
+        values = self.get(buffer, slot.start, slot.stop)
+        if "@sums" in slot.buffer:  # the card has summed over rows; the last sum, over columns, is the host's
+            return values[:, 0].double().sum(-1).view(-1, 1, 1)
+        return values[:, :1] if entry.rows == 1 else values
+
+    def put(self, tensor: Any, buffer: CardBuffer, index: int, values: Tensor) -> None:
+        """Host to entry `index`; values fp32, [rows, columns] with all padding."""
+        raise NotImplementedError
+
+    def get(self, tensor: Any, start: int, stop: int) -> Tensor:
+        """A copy of entries on the host, fp32 with all padding."""
+        raise NotImplementedError

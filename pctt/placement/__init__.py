@@ -1,0 +1,1 @@
+"""Which core of a chip holds which layer, and what that costs."""
