@@ -1,18 +1,19 @@
 # One verb per job. README, pre-commit and continuous integration call these and nothing else.
-#   make train ARGS="--epochs 5"     ARGS is passed on to the command behind train, test, bench and faults
+#   make train ARGS="--epochs 5"     ARGS is passed on to the command behind train, test, test-tt, bench, faults
 #   make test PYTHON=python3.12      the Python that .venv is made with, where there is no .venv yet
 
 PYTHON ?= python3
 ARGS   ?=
 BIN    := .venv/bin
 STAMP  := .venv/installed.stamp
+TT     := .venv-tt/bin
 OLD    := pctt needs Python 3.10 or newer, and this one is older
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test check fix bench faults clean
+.PHONY: help venv train test test-tt check fix bench faults clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## make .venv and install pctt with everything development needs
 
@@ -34,7 +35,17 @@ train: $(STAMP)  ## train on the embedded digits; curves and weights go to runs/
 	$(BIN)/pctt train digits $(ARGS)
 
 test: $(STAMP)  ## run the tests; what needs a card or a data set that is absent is skipped and listed
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-tt: .venv-tt/installed.stamp  ## run what needs ttnn: on mock cards, and on every simulator and card here
+	$(TT)/python tools/tt_tests.py $(ARGS)
+
+# Beside .venv, because ttnn has wheels for few Python versions and wants an older NumPy.
+.venv-tt/installed.stamp: pyproject.toml constraints-tt.txt
+	@$(TT)/python -m pip --version >/dev/null 2>&1 || { \
+	  found=$$($(PYTHON) tools/tt_tests.py --find-python) && "$$found" -m venv --clear .venv-tt; }
+	$(TT)/python -m pip install --quiet -c constraints-tt.txt -e ".[tt,cli,data,plot,test]"
+	@touch $@
 
 check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .
@@ -52,5 +63,5 @@ faults: $(STAMP)  ## plant known faults in a copy and see that the tests notice
 	$(BIN)/python tools/plant_faults.py $(ARGS)
 
 clean:  ## delete .venv, caches and build output; runs/ is kept
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tt build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 CPU.
 """
 
-from pctt.backends import BackendUnavailable
+from pctt.backends import BackendUnavailable, DeviceLost
 from pctt.energies import Categorical, Gaussian
 from pctt.engine import Engine, Status
 from pctt.inference import Inference
@@ -22,6 +22,7 @@ __all__ = [
     "Categorical",
     "Constant",
     "Dense",
+    "DeviceLost",
     "Engine",
     "FitResult",
     "Gaussian",

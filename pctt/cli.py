@@ -1,4 +1,4 @@
-"""The command line: pctt train, eval, doctor.
+"""The command line: pctt train, eval, plan, doctor.
 
 Exit code 0: done; 1: it failed; 2: it was asked for wrongly. On a terminal there is a progress bar, in a pipe
 plain lines, and with --json one JSON object a line on standard output and nothing else.
@@ -12,18 +12,23 @@ import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pctt import record
+from pctt.backends import DeviceLost
 from pctt.config import RunConfig, from_dict, parse_value, read_toml, to_dict
 from pctt.data import Dataset, load, split_validation
 from pctt.doctor import examine
 from pctt.engine import Status
 from pctt.network import init
+from pctt.placement.chips import CHIPS
+from pctt.placement.draw import SUFFIXES, save_picture
+from pctt.placement.plan import plan as make_plan
 from pctt.presets import PRESETS
-from pctt.report import CURVES, Reporter, draw, print_json, say_error
-from pctt.run import CHECKPOINT, Trainer
+from pctt.report import CURVES, Reporter, described, draw, print_json, say_error
+from pctt.run import CHECKPOINT, FitResult, Trainer
 from pctt.run import load as load_run
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -41,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError:
         say_error('the pctt command needs tyro: pip install "pctt[cli]".')
         return FAILED
-    commands = {"train": train, "eval": evaluate, "doctor": doctor}
+    commands = {"train": train, "eval": evaluate, "plan": plan, "doctor": doctor}
     try:
         return tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -86,8 +91,9 @@ def train(
         data: Data set to use instead of the configured one: digits, mnist, fashion_mnist.
         data_dir: Folder of the data files; else the environment variable PCTT_DATA.
         algorithm: pc, or backprop for the same network trained by backpropagation.
-        backend: Where to run: reference.
-        device: Device of the backend, e.g. cpu or cuda:0.
+        backend: Where to run: reference (torch), emulated (a card, on the CPU) or tenstorrent.
+        device: For reference a torch device such as cuda:0, for emulated a chip such as n150, for tenstorrent
+            the number of a card.
         epochs: Epochs of the whole run.
         batch_size: Samples per learning step.
         seed: Of weights, validation split and batch order.
@@ -142,6 +148,7 @@ def _train(
         record.Recorder(folder, config.training.tensorboard, resume_after) as recorder,
         _stop_on_signals(trainer),
     ):
+        _record_place(recorder, trainer)
         outcome = trainer.fit(
             training,
             config.training.epochs,
@@ -152,12 +159,8 @@ def _train(
         )
         result: dict[str, Any] = {}
         if outcome.status.ok:
-            result = {
-                "test_accuracy": trainer.evaluate(dataset.test),
-                "test_samples": len(dataset.test),
-                "epochs": outcome.epochs,
-                "step": outcome.steps,
-            }
+            outcome, result = _tested(trainer, dataset, outcome)
+        if result:
             recorder.log("result", **result)
         elif outcome.status is not Status.STOPPED:
             failed = {"status": outcome.status.name, "message": outcome.message}
@@ -170,16 +173,49 @@ def _train(
     return OK
 
 
-def evaluate(run: Path, /, *, data_dir: str | None = None, json: bool = False) -> int:
+def _record_place(recorder: record.Recorder, trainer: Trainer) -> None:
+    """A record "backend" where the run begins, and where it goes on elsewhere."""
+    place = trainer.place()
+    known = [entry for entry in record.read(recorder.path) if entry["kind"] == "backend"]
+    if not known or any(known[-1].get(name) != value for name, value in place.items()):
+        recorder.log("backend", step=trainer.progress.step + 1, **place)
+
+
+def _tested(trainer: Trainer, dataset: Dataset, outcome: FitResult) -> tuple[FitResult, dict[str, Any]]:
+    """The outcome and the result of a fit that ended well; no result if the device fails now."""
+    try:
+        accuracy = trainer.evaluate(dataset.test)
+    except DeviceLost as error:
+        return replace(outcome, status=Status.DEVICE_LOST, message=f"evaluating: {error}."), {}
+    return outcome, {
+        "test_accuracy": accuracy,
+        "test_samples": len(dataset.test),
+        "epochs": outcome.epochs,
+        "step": outcome.steps,
+    }
+
+
+def evaluate(
+    run: Path,
+    /,
+    *,
+    data_dir: str | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    json: bool = False,
+) -> int:
     """Accuracy of a trained run on the test data of its data set.
 
     Args:
         run: Run folder that `pctt train` wrote.
+        backend: Where to run: reference, emulated or tenstorrent; else that of the run.
+        device: Device of the backend, as for `pctt train`; else that of the run if the backend is too.
         data_dir: Folder of the data files; else the one of the run, else PCTT_DATA.
         json: Print one JSON object instead of text.
     """
     config = _override(_saved_configuration(run), {"data.data_dir": data_dir})
-    trainer = load_run(run, config.training.backend, config.training.device)
+    config = _elsewhere(config, backend, device)
+    trainer = load_run(run, config.training.backend, config.training.device, config.precision)
     dataset = _load_data(config)
     accuracy = trainer.evaluate(dataset.test)
     fields = {
@@ -188,14 +224,63 @@ def evaluate(run: Path, /, *, data_dir: str | None = None, json: bool = False) -
         "data": dataset.name,
         "epochs": trainer.progress.epoch,
         "step": trainer.progress.step,
+        **trainer.place(),
     }
     if json:
         print_json("result", fields)
     else:
         print(
             f"{run}: test accuracy {accuracy:.2%} on {len(dataset.test)} samples of {dataset.name}, "
-            f"after {trainer.progress.epoch} epochs."
+            f"after {trainer.progress.epoch} epochs; {described(trainer)}."
         )
+    return OK
+
+
+NUM_INPUTS = {"digits": 64, "mnist": 784, "fashion_mnist": 784}
+"""Pixels of an image; a plan needs no more of the data, so their files need not be there."""
+
+
+def plan(
+    what: str,
+    /,
+    *,
+    chip: str = "n150",
+    batch_size: int | None = None,
+    set: tuple[str, ...] = (),
+    picture: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Where the layers of a network go on a chip, whether they fit, and the times predicted for it.
+
+    Args:
+        what: A preset (digits, mnist) or the path of a TOML configuration, as for `pctt train`.
+        chip: n150, n300, p100a or p150; no card is needed.
+        batch_size: Samples per learning step.
+        set: Any other setting, e.g. --set inference.num_steps=10 (values as in TOML).
+        picture: An .svg or .png to draw the plan into.
+        json: Print one JSON object instead of text.
+    """
+    config = _override(_configuration(what), {"training.batch_size": batch_size, **_assignments(set)})
+    if chip not in CHIPS:
+        raise UsageError(f"chip must be one of {', '.join(CHIPS)}, got {chip!r}.")
+    if picture is not None and picture.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"a picture's name must end in .svg or .png, got {picture.name!r}; rename it.")
+    planned = make_plan(
+        config.network(NUM_INPUTS[config.data.name]),
+        chip,
+        config.training.batch_size,
+        config.inference,
+        config.learning,
+        config.precision,
+    )
+    if picture is not None:
+        save_picture(planned.floor_plan(), picture)
+    if json:
+        print_json("plan", planned.to_dict())
+    else:
+        print(planned.as_text(), end="")
+        if picture is not None:
+            print(f"picture in {picture}")
     return OK
 
 
@@ -265,6 +350,19 @@ def _override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
         raise UsageError(str(error)) from None
 
 
+def _elsewhere(config: RunConfig, backend: str | None, device: str | None) -> RunConfig:
+    """`config` on another backend or device. A device and a precision belong to the backend they are for."""
+    before = config.training
+    backend = backend or before.backend
+    device = device or (before.device if backend == before.backend else None)
+    try:
+        training = replace(before, backend=backend, device=device)
+        precision = None if backend == "reference" else config.precision
+        return replace(config, training=training, precision=precision)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def _write_configuration(path: Path, config: RunConfig) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
@@ -289,6 +387,7 @@ FREE_ON_RESUME = (
     "training.backend",
     "training.device",
     "training.tensorboard",
+    "precision",
 )
 """Settings that may differ when a run goes on: where it runs, how long, and what it reports."""
 
@@ -297,10 +396,11 @@ def _resumed_configuration(folder: Path, asked: RunConfig) -> RunConfig:
     """The configuration of the run in `folder`, which must be the one asked for but for FREE_ON_RESUME."""
     saved, wanted = to_dict(_saved_configuration(folder)), to_dict(asked)
     for key in FREE_ON_RESUME:
-        table, _, name = key.partition(".")
-        saved[table].pop(name, None)
-        if name in wanted[table]:
-            saved[table][name] = wanted[table][name]
+        table, _, name = key.rpartition(".")
+        kept, asked_for = (saved[table], wanted[table]) if table else (saved, wanted)
+        kept.pop(name, None)
+        if name in asked_for:
+            kept[name] = asked_for[name]
     if saved != wanted:
         place, then, now = _first_difference(saved, wanted)
         raise UsageError(
@@ -344,7 +444,7 @@ def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) ->
     """The trainer of a run, and whether the run begins here."""
     settings = config.training
     if resume and (folder / CHECKPOINT).is_file():
-        trainer = load_run(folder, settings.backend, settings.device)
+        trainer = load_run(folder, settings.backend, settings.device, config.precision)
         if trainer.progress.epoch > settings.epochs:
             done = trainer.progress.epoch
             raise UsageError(f"the run in {folder} has done {done} epochs; give --epochs of at least {done}.")
@@ -367,6 +467,7 @@ def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) ->
         seed=settings.seed,
         batch_size=settings.batch_size,
         algorithm=settings.algorithm,
+        precision=config.precision,
     )
     return trainer, True
 

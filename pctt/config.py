@@ -16,12 +16,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pctt._checks import require_between, require_count, require_finite_positive, require_one_of
 from pctt.backends import BACKENDS
+from pctt.backends.precision import PrecisionPolicy
 from pctt.energies import Categorical, Gaussian
 from pctt.inference import Inference
 from pctt.initialisers import SCHEMES
 from pctt.layers import Dense
 from pctt.learning import SGD, Adam, AdamW, Constant, Learning, WarmupCosine
 from pctt.network import Network, chain
+from pctt.placement.chips import CHIPS
 
 KINDS: dict[str, type] = {
     "gaussian": Gaussian,
@@ -69,6 +71,7 @@ class TrainingConfig:
     """epochs: of the whole run.
     seed: of weights, validation split and batch order.
     algorithm: pc, or the backprop twin.
+    device: reference: a torch device; emulated: a chip such as n150; tenstorrent: the number of a card.
     checkpoint_every: also write a checkpoint after this many batches, not only after each epoch.
     tensorboard: mirror the metrics to tensorboard event files in the run folder.
     """
@@ -88,13 +91,26 @@ class TrainingConfig:
         require_count("seed", self.seed)
         require_one_of("algorithm", self.algorithm, ALGORITHMS)
         require_one_of("backend", self.backend, BACKENDS)
+        if self.device is not None:
+            _check_device(self.backend, self.device)
         if self.checkpoint_every is not None:
             require_count("checkpoint_every", self.checkpoint_every, least=1)
 
 
+def _check_device(backend: str, device: str) -> None:
+    if backend == "emulated":
+        require_one_of("device of the emulated backend", device, tuple(CHIPS))
+    if backend == "tenstorrent" and not (device.isascii() and device.isdigit()):
+        raise ValueError(f"device of the tenstorrent backend must be a number such as 0, got {device!r}.")
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run. layers: of the chain; its input is as wide as the data."""
+    """Everything that decides a run.
+
+    layers: of the chain; its input is as wide as the data.
+    precision: formats on a card; None for its defaults, and on the reference backend, which has none.
+    """
 
     layers: tuple[Dense, ...]
     data: DataConfig = field(default_factory=DataConfig)
@@ -102,10 +118,16 @@ class RunConfig:
     learning: Learning = field(default_factory=Adam)
     init: InitConfig = field(default_factory=InitConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    precision: PrecisionPolicy | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("layers must name at least one layer.")
+        if self.precision is not None and self.training.backend == "reference":
+            raise ValueError(
+                "precision has no effect on the reference backend, which computes in the dtype of the "
+                "weights; drop it, or set training.backend to emulated or tenstorrent."
+            )
 
     def network(self, num_inputs: int) -> Network:
         return chain(num_inputs, self.layers)
@@ -172,6 +194,8 @@ def _from_union(choices: tuple[Any, ...], values: Any, place: str) -> Any:
         scalars = [choice for choice in choices if choice is not types.NoneType]
         lists = [choice for choice in scalars if get_origin(choice) is tuple]
         return from_dict(lists[0] if lists and isinstance(values, list) else scalars[0], values, place)
+    if len(tables) == 1:
+        return _from_table(tables[0], values, place)
     names = [NAMES[choice] for choice in tables if isinstance(choice, type)]
     if not isinstance(values, Mapping) or values.get("kind") not in names:
         raise ValueError(f"{place} must be a table with kind = one of {', '.join(names)}, got {values!r}.")

@@ -48,6 +48,7 @@ class Status(Enum):
     DIVERGED = "the energy grew during inference"
     NON_FINITE = "an energy is NaN or infinite"
     STOPPED = "stopped on request"
+    DEVICE_LOST = "the device failed"
 
     @property
     def ok(self) -> bool:
@@ -140,6 +141,7 @@ class Engine:
         self._update = self.backend.bind(self.program.update, self._persistent, self.scalars)
         self._refresh = self.backend.bind(self.program.refresh, self._persistent, self.scalars)
         self._batch: _Batch | None = None
+        self._sent_ahead: dict[str, tuple[Tensor, Callable[[], None]]] = {}
         self.batch_size = 0  # of the batch last relaxed
         self._constants = [  # -1/2 log|P| per layer
             -0.5 * layer.energy.log_determinant(layer.units) if isinstance(layer.energy, Gaussian) else 0.0
@@ -159,7 +161,9 @@ class Engine:
         return self._read_tree("")
 
     def gradients(self) -> Weights:
-        """What `compute_gradients` left: dF/dW of the batch mean, to be descended."""
+        """What `compute_gradients` left: dF/dW of the batch mean, to be descended. `update` may use their
+        memory for other things.
+        """
         return self._read_tree("_gradient")
 
     def load_gradients(self, gradients: Weights) -> None:
@@ -225,12 +229,18 @@ class Engine:
 
     # --- one batch ------------------------------------------------------------------------------------------
 
-    def relax(self, activities: Mapping[str, Tensor], record: bool = False) -> Relaxation:
+    def relax(
+        self,
+        activities: Mapping[str, Tensor],
+        record: bool = False,
+        upcoming: Mapping[str, Tensor] | None = None,
+    ) -> Relaxation:
         """Runs inference on one batch.
 
         activities: {node: [B, units]} for every clamped and placed node; an input that is neither starts at
         zero.
         record: keep the energies of every inference step.
+        upcoming: the activities of the next batch, the very tensors; they are sent while this one runs.
         """
         missing = [name for name in (*self.clamped, *self.placed) if name not in activities]
         if missing:
@@ -239,6 +249,7 @@ class Engine:
         tolerance, watched = self.inference.tolerance, record or self.inference.tolerance is not None
         if not watched:
             batch.relaxation()
+            self._send_ahead(batch, upcoming)
             return self._outcome(batch, Status.COMPLETED, self.inference.num_steps, None)
         batch.initialise()
         batch.measure_initial()
@@ -271,8 +282,20 @@ class Engine:
         self.batch_size, self.scalars[PER_SAMPLE] = batch_size, 1.0 / batch_size
         self.backend.begin(batch.buffers, batch_size)
         for name, values in activities.items():
-            self.backend.write(*batch.given[name], values)
+            sent, arrive = self._sent_ahead.pop(name, (None, None))
+            if arrive is not None and sent is values:
+                arrive()
+            else:
+                self.backend.write(*batch.given[name], values)
+        self._sent_ahead.clear()
         return batch
+
+    def _send_ahead(self, batch: _Batch, upcoming: Mapping[str, Tensor] | None) -> None:
+        sizes = {len(values) for values in (upcoming or {}).values()}
+        if any(self.backend.rows(size) != self.backend.rows(self.batch_size) for size in sizes):
+            return  # its buffers will be others
+        for name, values in (upcoming or {}).items():
+            self._sent_ahead[name] = values, self.backend.send_ahead(*batch.given[name], values)
 
     @property
     def _num_settling(self) -> int:

@@ -60,12 +60,16 @@ def infer(
     initial: where to start other nodes than at their predictions; an input that is free and not named starts
     at zero.
     inference: the knobs, default `Inference()`.
-    backend: "reference".    device: of the backend.    grouped: stack equal layers; the numbers are the same.
+    backend: "reference", "emulated" or "tenstorrent"; the last two take fp32 weights and compute in a card's
+        default precision.
+    device: a torch device, a chip such as "n150", or the number of a card.
+    grouped: stack equal layers; the numbers are the same.
     throw: raise InferenceDiverged unless the status is ok; otherwise look at `status`.
 
     The result is the state after exactly `num_steps` updates (fewer with a tolerance), with errors and
     predictions belonging to it. Raises ValueError for unknown nodes, wrong shapes or dtypes, NaN, or targets
-    that are no distributions where the energy is categorical.
+    that are no distributions where the energy is categorical; for a network that a card does not run or hold;
+    BackendUnavailable where the backend cannot run; DeviceLost if its device fails.
     """
     inference = inference or Inference()
     dtype = check_weights(net, weights)
@@ -119,7 +123,8 @@ def weight_gradients(
     `weights`.
 
     For live predictions it is taken at the final activities, for fixed ones at those inference started from
-    (Millidge et al. 2022). `weights` are those that `result` was inferred with.
+    (Millidge et al. 2022). `weights` are those that `result` was inferred with. Backend and device as for
+    `infer`, and it raises what that does.
     """
     # The same program with every node clamped has each layer's source, drive and error at hand without an
     # inference step; the errors are the result's own, which are more precise in fp32 than activities minus

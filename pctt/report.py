@@ -43,7 +43,7 @@ class Reporter:
             "validation_samples": len(dataset.train) - num_training,
             "test_samples": len(dataset.test),
             "algorithm": config.training.algorithm,
-            "backend": config.training.backend,
+            **trainer.place(),
             "seed": config.training.seed,
             "folder": str(folder),
             "from_epoch": trainer.progress.epoch,
@@ -60,12 +60,14 @@ class Reporter:
             f"{num_training} training, {len(dataset.train) - num_training} validation, "
             f"{len(dataset.test)} test samples; "
             f"{'predictive coding, ' + how if config.training.algorithm == 'pc' else 'backpropagation'}; "
-            f"backend {config.training.backend}",
+            f"{described(trainer)}",
             flush=True,
         )
         if sys.stderr.isatty():
             self.bar = _progress_bar(
-                config.training.epochs * math.ceil(num_training / trainer.batch_size), trainer.progress.step
+                config.training.epochs * math.ceil(num_training / trainer.batch_size),
+                trainer.progress.step,
+                f"{trainer.place()['backend']}: {trainer.place()['device']}",
             )
 
     def event(self, kind: str, fields: dict[str, Any]) -> None:
@@ -111,6 +113,8 @@ class Reporter:
             message = (
                 f"stopped after batch {outcome.steps}; the same command with --out {folder} --resume goes on."
             )
+        elif outcome.status is Status.DEVICE_LOST:
+            message += f" The same command with --out {folder} --resume goes on from it."
         say_error(message)
 
     def _close(self) -> None:
@@ -118,12 +122,22 @@ class Reporter:
             self.bar.close()
 
 
-def _progress_bar(total: int, done: int) -> Any:
+def described(trainer: Trainer) -> str:
+    """Backend, device and precision in words."""
+    place = trainer.place()
+    words = f"backend {place['backend']}, {place['device']}"
+    if place["precision"] is None:
+        return words
+    short = [name for name, form in place["precision"].items() if form == "bfloat16"]
+    return f"{words}, {place['precision']['fidelity']}, bfloat16 {', '.join(short) or 'nowhere'}"
+
+
+def _progress_bar(total: int, done: int, place: str) -> Any:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
         raise ModuleNotFoundError('the progress bar needs tqdm: pip install "pctt[cli]".') from None
-    return tqdm(total=total, initial=done, unit="batch", dynamic_ncols=True, leave=False)
+    return tqdm(total=total, initial=done, desc=place, unit="batch", dynamic_ncols=True, leave=False)
 
 
 def draw(folder: Path, config: RunConfig) -> Path | None:

@@ -21,14 +21,18 @@ from torch import Tensor
 
 from pctt import backprop, checkpoint
 from pctt._checks import require_count, require_one_of
+from pctt.backends import BackendUnavailable, DeviceLost
+from pctt.backends.placed import Placed
 from pctt.backends.precision import PrecisionPolicy
+from pctt.backends.reference import Reference
+from pctt.backends.tenstorrent import mode
 from pctt.config import ALGORITHMS, from_dict, to_dict
 from pctt.data import Split
 from pctt.energies import Categorical
 from pctt.engine import Engine, Relaxation, Status
 from pctt.inference import Inference
 from pctt.learning import Adam, Learning
-from pctt.network import INPUT, Network, Weights, init
+from pctt.network import INPUT, Network, Weights, check_weights, init
 from pctt.queries import check_distribution
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -77,6 +81,9 @@ class Trainer:
     algorithm: "pc" or "backprop".    grouped: stack equal layers; the numbers are the same.
     precision: formats of the tensors on a card.
 
+    Raises ValueError for what does not fit together or does not fit the chip, BackendUnavailable where the
+    backend cannot run. On ttnn's mock device, which computes nothing, an `Engine` can be built, no Trainer.
+
     >>> trainer = Trainer(net, Inference(num_steps=20, rate=0.1), Adam(1e-3))  # doctest: +SKIP
     >>> trainer.fit((inputs, labels), epochs=5)  # doctest: +SKIP
     """
@@ -99,6 +106,11 @@ class Trainer:
         require_count("seed", seed)
         require_count("batch_size", batch_size, least=1)
         require_one_of("algorithm", algorithm, ALGORITHMS)
+        if backend == "tenstorrent" and mode() == "mock":
+            raise BackendUnavailable(
+                "ttnn's mock device computes nothing, so it can neither train nor evaluate; unset "
+                "TT_METAL_MOCK_CLUSTER_DESC_PATH to use a card, or use backend='emulated'."
+            )
         self.net = net
         self.inference = inference or Inference()
         self.learning = learning or Adam()
@@ -126,6 +138,19 @@ class Trainer:
         """A copy of the weights."""
         return self.engine.weights()
 
+    def place(self) -> dict[str, Any]:
+        """Where it computes, as the record says it: backend, device in words, and on a card the precision."""
+        backend = self.engine.backend
+        if isinstance(backend, Placed):
+            across, down = backend.grid
+            device = f"{backend.chip.name} with {across}x{down} cores"
+            if backend.name == "tenstorrent":
+                device = f"{mode()}, {device}"
+            precision = {**to_dict(backend.policy), "fidelity": backend.fidelity}
+            return {"backend": backend.name, "device": device, "precision": precision}
+        device = str(backend.device) if isinstance(backend, Reference) else None
+        return {"backend": backend.name, "device": device, "precision": None}
+
     # --- training -------------------------------------------------------------------------------------------
 
     def fit(
@@ -146,12 +171,30 @@ class Trainer:
         docs/runs.md.
         save_to: folder for a checkpoint after every epoch, and after every `save_every` batches.
 
-        Divergence and NaN end the run before they reach the weights; look at the result's status.
+        Divergence and NaN end the run before they reach the weights; look at the result's status. A device
+        that fails ends it too, with DEVICE_LOST: what this trainer held there is gone, the checkpoint is not.
         Raises ValueError for data that do not fit the network.
         """
         require_count("epochs", epochs)
         inputs, targets, _ = self._data(train_data)
         held_out = self._data(validation) if validation is not None else None
+        try:
+            return self._fit(inputs, targets, held_out, epochs, callbacks, save_to, save_every)
+        except DeviceLost as error:
+            lost = "what was learnt since the last checkpoint is lost"
+            message = f"after batch {self.progress.step}: {error}; {lost}."
+            return self._result(Status.DEVICE_LOST, message, None)
+
+    def _fit(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        held_out: tuple[Tensor, Tensor, Tensor] | None,
+        epochs: int,
+        callbacks: Sequence[Callback],
+        save_to: str | Path | None,
+        save_every: int | None,
+    ) -> FitResult:
         num_batches = math.ceil(len(inputs) / self.batch_size)
         progress, accuracy, names = self.progress, None, self.net.names
         self._stop_requested = False
@@ -163,12 +206,18 @@ class Trainer:
         while progress.epoch < epochs:
             started = time.perf_counter()
             order = self._order(len(inputs), progress.epoch)
+            upcoming: dict[str, Tensor] | None = None
             while progress.batch < num_batches:
                 first = progress.batch * self.batch_size
                 rows = order[first : first + self.batch_size]
                 record = progress.batch == 0
                 rate = self.learning.rate * self.learning.schedule.factor(progress.step, epochs * num_batches)
-                relaxation = self._train_batch(inputs[rows], targets[rows], rate, record)
+                batch = upcoming or {INPUT: inputs[rows], self.net.output: targets[rows]}
+                upcoming = None
+                if progress.batch + 1 < num_batches:
+                    following = order[first + self.batch_size : first + 2 * self.batch_size]
+                    upcoming = {INPUT: inputs[following], self.net.output: targets[following]}
+                relaxation = self._train_batch(batch, upcoming, rate, record)
                 if not relaxation.status.ok:
                     return self._failed(relaxation)
                 progress.batch += 1
@@ -227,8 +276,12 @@ class Trainer:
         size = self.engine.backend.planned_rows or EVALUATION_BATCH
         return torch.cat([self.engine.predict(part) for part in inputs.split(size)])
 
-    def _train_batch(self, inputs: Tensor, targets: Tensor, rate: float, record: bool) -> Relaxation:
+    def _train_batch(
+        self, batch: dict[str, Tensor], upcoming: dict[str, Tensor] | None, rate: float, record: bool
+    ) -> Relaxation:
+        """One learning step. batch: {node: activities}.    upcoming: the next batch, to be sent ahead."""
         if self.algorithm == "backprop":
+            inputs, targets = batch[INPUT], batch[self.net.output]
             weights = self.engine.weights()
             gradients, loss, error_norm = backprop.differentiate(self.net, weights, inputs, targets)
             hidden = [0.0] * (len(self.net.layers) - 1)  # which have no error of their own
@@ -236,7 +289,7 @@ class Trainer:
             relaxation = Relaxation(status, [*hidden, loss], [*hidden, error_norm], 0)
             self.engine.load_gradients(gradients)
         else:
-            relaxation = self.engine.relax({INPUT: inputs, self.net.output: targets}, record)
+            relaxation = self.engine.relax(batch, record, upcoming)
             if relaxation.status.ok:
                 self.engine.learn(rate, self.progress.step + 1)
             return relaxation
@@ -330,33 +383,48 @@ class Trainer:
         }
 
 
-def load(folder: str | Path, backend: str = "reference", device: str | int | None = None) -> Trainer:
+def load(
+    folder: str | Path,
+    backend: str = "reference",
+    device: str | int | None = None,
+    precision: PrecisionPolicy | None = None,
+) -> Trainer:
     """The trainer that `save` wrote, ready to go on; on any backend, since a checkpoint does not depend on
     the one that wrote it.
 
-    Raises CheckpointError for a missing or damaged file, ValueError for one of another layout.
+    Raises CheckpointError for a missing or damaged file or one of another layout, and what `Trainer` raises.
     """
     path = Path(folder) / CHECKPOINT
     tensors, description = checkpoint.read(path)
+
+    def refused(error: Exception) -> checkpoint.CheckpointError:
+        return checkpoint.CheckpointError(f"{path} does not hold a run of this version of pctt: {error}.")
+
     try:
         tree = checkpoint.unflatten(tensors)
-        trainer = Trainer(
-            from_dict(Network, description["network"], "network"),
-            from_dict(Inference, description["inference"], "inference"),
-            from_dict(Learning, description["learning"], "learning"),
-            weights=tree["weights"],
-            backend=backend,
-            device=device,
-            seed=description["seed"],
-            batch_size=description["batch_size"],
-            algorithm=description["algorithm"],
-        )
-        trainer.engine.load_learning_state(tree.get("learning", {}))
-        trainer.progress = from_dict(Progress, description["progress"], "progress")
+        net = from_dict(Network, description["network"], "network")
+        check_weights(net, tree["weights"])
+        inference = from_dict(Inference, description["inference"], "inference")
+        learning = from_dict(Learning, description["learning"], "learning")
+        progress = from_dict(Progress, description["progress"], "progress")
+        settings = {name: description[name] for name in ("seed", "batch_size", "algorithm")}
     except (KeyError, TypeError, ValueError) as error:
-        raise checkpoint.CheckpointError(
-            f"{path} does not hold a run of this version of pctt: {error}."
-        ) from None
+        raise refused(error) from None
+    trainer = Trainer(
+        net,
+        inference,
+        learning,
+        weights=tree["weights"],
+        backend=backend,
+        device=device,
+        precision=precision,
+        **settings,
+    )
+    try:
+        trainer.engine.load_learning_state(tree.get("learning", {}))
+    except (TypeError, ValueError) as error:
+        raise refused(error) from None
+    trainer.progress = progress
     return trainer
 
 

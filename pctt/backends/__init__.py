@@ -1,3 +1,3 @@
-from pctt.backends.operations import BACKENDS, Backend, BackendUnavailable, backend
+from pctt.backends.operations import BACKENDS, Backend, BackendUnavailable, DeviceLost, backend
 
-__all__ = ["BACKENDS", "Backend", "BackendUnavailable", "backend"]
+__all__ = ["BACKENDS", "Backend", "BackendUnavailable", "DeviceLost", "backend"]

@@ -1,19 +1,20 @@
 """From local operations to card operations: what the emulated and the Tenstorrent backend both run.
 
 A program comes in as instructions on single slots (`program.py`) and leaves as *card operations*, one TT-NN
-program each. Every tensor gets a format and a place: node i and layer i live on core i, a stack is one tensor
-with one shard per core. A matrix product runs where its weights live, the core of the predicted node, so the
-sources of layer i must be there too. Their buffers, whose role ends in ^, lie one core further up; the
-elementwise operation that writes such a buffer carries the data from core to core. The tiles of a layer that
-stands apart are spread over all cores, and so is what its products read and write; a node beside it that lies
-on a core sends and receives through buffers of its own, whose home is apart<node>.
+program each (two for a few, see `num_programs`). Every tensor gets a format and a place: node i and layer i
+live on core i, a stack is one tensor with one shard per core. A matrix product runs where its weights live,
+the core of the predicted node, so the sources of layer i must be there too. Their buffers, whose role ends in
+^, lie one core further up; the elementwise operation that writes such a buffer carries the data from core to
+core. The tiles of a layer that stands apart are spread over all cores, and so is what its products read and
+write; a node beside it that lies on a core sends and receives through buffers of its own, whose home is
+apart<node>.
 
     matmul      out = a b                    in0 and in1 on the core of out
     binary      out = h(f(a) op g(b))        f, g, h chains of unary functions; operands on any cores; b may
                                              be one row; with one input, b is the number `scalar`, on the card
     addcmul     out = a + s b                s likewise
     unary       out = f(a), f may be empty: a change of format or place
-    transpose   out = a'                     the one operation that allocates its output
+    transpose   out = a'
     row_sums    out = sum of a over its rows
     fill        out = scale
 
@@ -57,7 +58,6 @@ class CardBuffer(Buffer):
     first: core of entry 0; entry i lies on core first + i. None: tiles in turn over all cores.
     widths: real columns of each entry.    content: zeros, ones, or mask (1 where a sample and a unit are).
     scalar: for one number on the card, (scale, name, options) of its value.
-    transient: made by the operation that writes it.
     """
 
     format: str = "float32"
@@ -65,7 +65,6 @@ class CardBuffer(Buffer):
     widths: tuple[int, ...] = ()
     content: str = "zeros"
     scalar: tuple[float, str, tuple[tuple[str, float], ...]] | None = None
-    transient: bool = False
 
     @property
     def role(self) -> str:
@@ -80,7 +79,7 @@ class CardBuffer(Buffer):
     def bytes_per_core(self, batch_size: int, num_cores: int) -> int:
         """Bytes that the tensor takes on each of its cores and, as allocation is lock-step, on every core."""
         rows, columns = self.tiles(batch_size)
-        tiles = rows * columns if self.first is not None else -(-rows * columns // num_cores)
+        tiles = rows * columns if self.first is not None else -(-self.count * rows * columns // num_cores)
         return tiles * TILE * TILE * BYTES[self.format]
 
 
@@ -134,6 +133,27 @@ DERIVATIVE_OF_DRIVE: dict[str, tuple[Chain, Chain]] = {
     "silu": ((("sigmoid",),), (("sigmoid",), *SIGMOID_SLOPE)),
 }
 """f' = p(z) + z q(z), as (p, q)."""
+
+KNOWN = DERIVATIVE_OF_VALUE.keys() | DERIVATIVE_OF_DRIVE.keys()
+
+
+def num_programs(instruction: Instruction) -> int:
+    """TT-NN programs that a card operation is. Of two of them TT-NN allocates the result, which must then be
+    carried to its place.
+    """
+    return 2 if instruction.op in ("transpose", "row_sums") else 1
+
+
+def is_reordered(buffer: CardBuffer, slot: Slot, columns: int) -> bool:
+    """Whether TT-NN 0.81.1 orders the cores of a view otherwise than its entries. columns: of the grid.
+
+    It does where the view reaches over rows of the grid and does not begin one. Operations of two operands
+    take no notice, others misplace the entries.
+    """
+    if buffer.first is None:
+        return False
+    first, last = buffer.first + slot.start, buffer.first + slot.stop - 1
+    return first // columns != last // columns and first % columns != 0
 
 
 class Lowering:
@@ -192,6 +212,11 @@ class Lowering:
                 raise ValueError(
                     f"layer {name!r} has a softmax or a categorical energy, which the card backends do not "
                     "run; use a Gaussian energy with activation 'identity' there, or backend='reference'."
+                )
+            if layer.activation not in KNOWN:
+                raise ValueError(
+                    f"layer {name!r} has activation {layer.activation!r}, which the card backends do not "
+                    f"run; use one of {', '.join(sorted(KNOWN))}, or backend='reference'."
                 )
         if any(i.op == "clip" for i in self.program.update):
             raise ValueError(
@@ -268,7 +293,10 @@ class Lowering:
         """A slot of the program, as a slot on the card."""
         if _role(slot) in ("change",):  # is only ever the source of a product
             return self._above("change", self._index(slot))
-        return self._made(slot, self.program.buffers.get(slot.buffer) or self._node_buffer(slot))
+        buffer = self.program.buffers.get(slot.buffer) or self._node_buffer(slot)
+        if "@sums" in slot.buffer:  # on the card one row of sums over the batch, per unit
+            return self._made(slot, buffer, columns=self._node_buffer(slot).columns)
+        return self._made(slot, buffer)
 
     def _node_buffer(self, slot: Slot) -> Buffer:
         return self.layout.node(_role(slot), self._index(slot))[1]
@@ -281,8 +309,9 @@ class Lowering:
                 members = [int(home)]
             else:
                 members = [table[home, at] for at in range(buffer.count)]
-            if shift > 0 and members[-1] == len(self.net.layers):
-                members.pop()  # nothing lies above the last node
+            above = self.layout.apart | {len(self.net.layers) + 1}
+            while shift > 0 and len(members) > 1 and members[-1] + 1 in above:
+                members.pop()  # no layer of its own core lies above
             if home.startswith("layers"):
                 spread = members[0] in self.layout.apart
             else:
@@ -307,10 +336,14 @@ class Lowering:
         rows, columns = self.layout.layer("weight", index)[1].shape(0)[1:]
         return self._layer(role, index, rows=columns, columns=rows, **fields)
 
-    def _number(self, scale: float, name: str, options: tuple[tuple[str, float], ...] = ()) -> str:
-        """The buffer of one number on the card, scale times the named scalar."""
-        key = f"{scale:g} {name}" + "".join(f" {value:g}" for _, value in options) + "@scalars"
-        self.buffers.setdefault(key, CardBuffer(key, 1, 1, 1, first=None, scalar=(scale, name, options)))
+    def _number(
+        self, beside: Slot, scale: float, name: str, options: tuple[tuple[str, float], ...] = ()
+    ) -> str:
+        """The buffer of one number on the card, scale times the named scalar, in the format of `beside`."""
+        form = self._format(beside)
+        key = f"{scale:g} {name}" + "".join(f" {value:g}" for _, value in options) + f" {form}@scalars"
+        number = CardBuffer(key, 1, 1, 1, form, first=None, scalar=(scale, name, options))
+        self.buffers.setdefault(key, number)
         return key
 
     def _format(self, slot: Slot) -> str:
@@ -333,23 +366,7 @@ class Lowering:
     def _emitted(self, write: Callable[[], None]) -> tuple[Instruction, ...]:
         self.code = []
         write()
-        return tuple(self._aligned(coalesce(self.code)))
-
-    def _aligned(self, code: Iterable[Instruction]) -> Iterable[Instruction]:
-        """The same code where each operation on a transient buffer reads what one operation has made."""
-        cuts: dict[str, set[int]] = {}  # where one made part ends and another begins
-        for instruction in code:
-            out = instruction.out[0]
-            if self.buffers[out.buffer].transient:
-                cuts.setdefault(out.buffer, set()).update((out.start, out.stop))
-            length = out.stop - out.start
-            ends = {length} | {
-                cut - slot.start for slot in instruction.inputs for cut in cuts.get(slot.buffer, ())
-            }
-            start = 0
-            for stop in sorted(end for end in ends if 0 < end <= length):
-                yield _part(instruction, start, stop)
-                start = stop
+        return coalesce(self.code)
 
     def _emit(
         self,
@@ -429,7 +446,7 @@ class Lowering:
     def _accumulate(self, out: Slot, a: Slot, b: Slot, scale: float, name: str | None) -> Slot:
         """out = a + scale * scalars[name] * b"""
         if name is not None:
-            return self._emit("addcmul", out, a, b, number=self._number(scale, name))
+            return self._emit("addcmul", out, a, b, number=self._number(out, scale, name))
         if abs(scale) == 1.0:
             return self._binary("add" if scale > 0 else "subtract", out, a, b)
         return self._binary("add", out, a, b, b_chain=(("multiply", scale),))
@@ -542,25 +559,23 @@ class Lowering:
         assert i.scalar is not None
         source, out = self._own(a), self._own(i.out[0])
         _, buffer = self.layout.node("transposed_activity^", self._index(a))
-        fields = {"rows": buffer.columns, "columns": BATCH, "format": self._format(source), "transient": True}
+        fields = {"rows": buffer.columns, "columns": BATCH, "format": self._format(source)}
         turned = self._emit("transpose", self._above("transposed_activity", self._index(a), **fields), source)
         self._emit("matmul", out, turned, self._received(b))
-        self._emit("binary", out, out, number=self._number(i.scale, i.scalar), function="multiply")
+        self._emit("binary", out, out, number=self._number(out, i.scale, i.scalar), function="multiply")
 
     def _column_sum(self, i: Instruction) -> None:
         assert i.scalar is not None
         out, index = self._own(i.out[0]), self._index(i.inputs[0])
         ones = self._below("ones", index, rows=1, columns=BATCH, content="ones")
         self._emit("matmul", out, ones, self._received(i.inputs[0]))
-        self._emit("binary", out, out, number=self._number(i.scale, i.scalar), function="multiply")
+        self._emit("binary", out, out, number=self._number(out, i.scale, i.scalar), function="multiply")
 
     def _inner(self, i: Instruction) -> None:
         a, b = (self._own(slot) for slot in i.inputs)
         index = self._index(i.out[0])
         square = self._binary("multiply", self._node("square", index), a, b)
-        slot, buffer = i.out[0], self.program.buffers[i.out[0].buffer]
-        width = self.layout.node("error", index)[1].columns
-        self._emit("row_sums", self._made(slot, buffer, columns=width), square)
+        self._emit("row_sums", self._own(i.out[0]), square)
 
     def _sgd(self, i: Instruction) -> None:
         (weight, *state), options = [self._own(slot) for slot in i.out], dict(i.options)
@@ -584,14 +599,16 @@ class Lowering:
         scaled: Chain = (("multiply", 1.0 - beta1),)
         self._binary("add", first, first, gradient, a_chain=(("multiply", beta1),), b_chain=scaled)
         self._binary("add", second, second, gradient, a_chain=(("multiply", beta2),), b_chain=squared)
-        epsilon = self._number(1.0, "adam_epsilon", settings)
+        epsilon = self._number(gradient, 1.0, "adam_epsilon", settings)
         root: Chain = (("sqrt",),)
         inverse: Chain = (("reciprocal",),)
         self._emit(
             "binary", gradient, second, function="add", number=epsilon, a_chain=root, out_chain=inverse
         )
         self._binary("multiply", gradient, gradient, first)
-        self._emit("addcmul", weight, weight, gradient, number=self._number(-1.0, "adam_rate", settings))
+        self._emit(
+            "addcmul", weight, weight, gradient, number=self._number(weight, -1.0, "adam_rate", settings)
+        )
 
     _adamw = _adam
 
@@ -623,10 +640,7 @@ class Lowering:
             weight = self._layer("weight", index)
             operand = self._emit("unary", self._layer("operand", index), weight)
             if "transposed" in roles:
-                # On its way the transposed copy lies one core lower: a transpose whose output lies on the
-                # cores of its input leaves entries unwritten (docs/numerics.md).
-                low = self._turned("transposing", index, transient=True, shift=-1)
-                self._emit("unary", self._turned("transposed", index), self._emit("transpose", low, operand))
+                self._emit("transpose", self._turned("transposed", index), operand)
 
 
 def lower(program: Program, layout: Layout, policy: PrecisionPolicy) -> Program:

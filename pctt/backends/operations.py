@@ -39,6 +39,10 @@ class BackendUnavailable(RuntimeError):
     """The backend asked for cannot run here; the message says what would make it run."""
 
 
+class DeviceLost(RuntimeError):
+    """A device failed while it was at work. What lay on it is lost or in doubt; the message says why."""
+
+
 class Backend(Protocol):
     """One way to run programs. Buffers are the backend's own; only `write` and `read` cross to the host."""
 
@@ -87,6 +91,10 @@ class Backend(Protocol):
 
     def write(self, buffer: Any, slot: Slot, values: Tensor) -> None:
         """Host to buffer; shape [D] or [B, D] or [in, out] goes to a slot of one entry, 0 around it."""
+        ...
+
+    def send_ahead(self, buffer: Any, slot: Slot, values: Tensor) -> Callable[[], None]:
+        """Starts to carry values towards a buffer that is still in use; the call it returns writes them."""
         ...
 
     def read(self, buffer: Any, slot: Slot) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,12 +75,19 @@ class Placed:
 
     def write(self, buffer: Any, slot: Slot, values: Tensor) -> None:
         entry = self._buffers[slot.buffer]
-        rows, columns = (size * TILE for size in entry.tiles(self.planned_rows))
+        self.put(buffer, entry, slot.start, self.whole(entry, values))
+
+    def send_ahead(self, buffer: Any, slot: Slot, values: Tensor) -> Callable[[], None]:
+        return partial(self.write, buffer, slot, values)
+
+    def whole(self, buffer: CardBuffer, values: Tensor) -> Tensor:
+        """An entry of a buffer with all its padding, fp32 on the host, from the values in its corner."""
+        rows, columns = (size * TILE for size in buffer.tiles(self.planned_rows))
         values = values.detach().to("cpu", torch.float32)
         values = values[None] if values.dim() == 1 else values
-        whole = torch.zeros(rows, columns)
-        whole[: values.shape[0], : values.shape[1]] = values
-        self.put(buffer, entry, slot.start, whole)
+        result = torch.zeros(rows, columns)
+        result[: values.shape[0], : values.shape[1]] = values
+        return result
 
     def read(self, buffer: Any, slot: Slot) -> Tensor:
         entry = self._buffers[slot.buffer]

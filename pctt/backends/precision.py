@@ -18,7 +18,7 @@ _ROLES = {
         *("transposed_activity", "product", "square", "mask", "scratch"),
     ),
     "operands": ("error", "weighted_error", "gated", "feedback", "change", "sent", "ones"),
-    "weights": ("operand", "transposed", "transposing"),
+    "weights": ("operand", "transposed"),
     "masters": (
         *("weight", "weight_gradient", "weight_momentum", "weight_first_moment", "weight_second_moment"),
         *("bias", "bias_gradient", "bias_momentum", "bias_first_moment", "bias_second_moment", "precision"),

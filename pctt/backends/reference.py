@@ -103,6 +103,9 @@ class Reference:
     def write(self, buffer: Tensor, slot: Slot, values: Tensor) -> None:
         buffer[slot.start].copy_(values.detach())
 
+    def send_ahead(self, buffer: Tensor, slot: Slot, values: Tensor) -> Callable[[], None]:
+        return partial(self.write, buffer, slot, values)
+
     def read(self, buffer: Tensor, slot: Slot) -> Tensor:
         return buffer[slot.start : slot.stop].cpu().clone()
 

@@ -15,15 +15,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pctt.backends.lowering import TILE, CardBuffer, Chain, scalar_value
-from pctt.backends.operations import BackendUnavailable
+from pctt.backends.lowering import TILE, CardBuffer, Chain, is_reordered, num_programs, scalar_value
+from pctt.backends.operations import BackendUnavailable, DeviceLost
 from pctt.backends.placed import Placed
 from pctt.backends.precision import PrecisionPolicy
 from pctt.placement.budget import spread_product
@@ -32,7 +36,31 @@ from pctt.program import Instruction, Slot
 
 Call = Callable[[], object]
 
+TTNN_PYTHONS = ((3, 10), (3, 12))
+"""The Python versions that ttnn has wheels for."""
+
+TTNN_TESTED = "0.81.1"
+"""The version of ttnn that this backend is tested with."""
+
 _open: dict[int, Any] = {}  # devices of this process, kept open: opening one takes seconds
+
+
+@contextmanager
+def _device_at_work() -> Generator[None]:
+    """Turns what ttnn raises into DeviceLost. Every call that a device at work must answer is in one."""
+    try:
+        yield
+    except DeviceLost:
+        raise
+    except RuntimeError as error:
+        raise DeviceLost(f"ttnn failed on the device: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The line of ttnn's message that says why; around it stand a source line and a stack of frames."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    after = lines.index("info:") + 1 if "info:" in lines else 0
+    return lines[after].rstrip(".") if after < len(lines) else type(error).__name__
 
 
 class Tenstorrent(Placed):
@@ -43,6 +71,7 @@ class Tenstorrent(Placed):
     def __init__(
         self, dtype: torch.dtype, device: str | int | None = None, policy: PrecisionPolicy | None = None
     ) -> None:
+        self.number = _number(device)
         self.device = open_device(device)
         size = self.device.compute_with_storage_grid_size()
         arch = "blackhole" if "BLACKHOLE" in str(self.device.arch()) else "wormhole_b0"
@@ -56,16 +85,20 @@ class Tenstorrent(Placed):
             fp32_dest_acc_en=True,
             packer_l1_acc=True,
         )
-        self.kept: dict[Instruction, Any] = {}
-        self.traces = os.environ.get("TT_METAL_SLOW_DISPATCH_MODE") is None and not is_mock()
+        self.aside: dict[Instruction, Any] = {}
+        fast = os.environ.get("TT_METAL_SLOW_DISPATCH_MODE") is None
+        self.traces = fast and not is_mock()
+        self.queues = fast  # two of them: open_device
 
     # --- tensors --------------------------------------------------------------------------------------------
 
+    @_device_at_work()
     def allocate(self, buffer: CardBuffer, batch_size: int) -> CardTensor:
-        if buffer.transient:
-            return CardTensor(self, buffer, batch_size, None)
         rows, columns = (size * TILE for size in buffer.tiles(batch_size))
-        values = torch.zeros(1, buffer.count, 1 if buffer.rows == 1 else rows, columns)
+        first = (
+            buffer.first or 0
+        )  # what lies on the cores before it costs nothing, and no view then reorders cores
+        values = torch.zeros(1, first + buffer.count, 1 if buffer.rows == 1 else rows, columns)
         if buffer.scalar is not None:
             values = values[..., :1]
         if buffer.content == "ones":
@@ -75,27 +108,21 @@ class Tenstorrent(Placed):
             dtype=getattr(self.ttnn, buffer.format),
             layout=self.ttnn.TILE_LAYOUT,
             device=self.device,
-            memory_config=self.place(buffer, buffer.count, 0, batch_size),
+            memory_config=self._place(buffer, first + buffer.count, batch_size),
         )
-        return CardTensor(self, buffer, batch_size, tensor)
+        return CardTensor(self, buffer, tensor)
 
-    def place(self, buffer: CardBuffer, count: int, start: int, batch_size: int) -> Any:
-        """Entries start to start + count of a buffer, one per core, or the tiles over all cores."""
+    def _place(self, buffer: CardBuffer, num_cores: int, batch_size: int) -> Any:
+        """One entry on each of the first cores of the grid, row by row, or the tiles over all cores."""
         ttnn = self.ttnn
         if buffer.first is None:
             return ttnn.L1_MEMORY_CONFIG
-        first, last = buffer.first + start, buffer.first + start + count
-        across, ranges = self.grid[0], []
-        while first < last:  # one range per row of the grid
-            row, column = divmod(first, across)
-            stop = min(last, (row + 1) * across)
-            corner, opposite = ttnn.CoreCoord(column, row), ttnn.CoreCoord(column + stop - first - 1, row)
-            ranges.append(ttnn.CoreRange(corner, opposite))
-            first = stop
+        cores = ttnn.num_cores_to_corerangeset(num_cores, ttnn.CoreCoord(*self.grid), row_wise=True)
         shape = [size * TILE for size in buffer.tiles(batch_size)]
-        spec = ttnn.ShardSpec(ttnn.CoreRangeSet(ranges), shape, ttnn.ShardOrientation.ROW_MAJOR)
+        spec = ttnn.ShardSpec(cores, shape, ttnn.ShardOrientation.ROW_MAJOR)
         return ttnn.MemoryConfig(ttnn.TensorMemoryLayout.HEIGHT_SHARDED, ttnn.BufferType.L1, spec)
 
+    @_device_at_work()
     def put(self, tensor: CardTensor, buffer: CardBuffer, index: int, values: Tensor) -> None:
         values = values[:1] if buffer.rows == 1 else values
         host = self.ttnn.from_torch(
@@ -103,9 +130,37 @@ class Tenstorrent(Placed):
         )
         self.ttnn.copy_host_to_device_tensor(host, tensor.view(index, index + 1))
 
+    @_device_at_work()
+    def send_ahead(self, buffer: CardTensor, slot: Slot, values: Tensor) -> Callable[[], None]:
+        """On the second command queue, to a tensor beside the one in use."""
+        if not self.queues:
+            return super().send_ahead(buffer, slot, values)
+        ttnn, entry = self.ttnn, self.buffer(slot.buffer)
+        if slot not in buffer.waiting:
+            aside = replace(entry, count=1, first=None)
+            fresh = self.allocate(aside, self.planned_rows).tensor  # on the first queue
+            buffer.waiting[slot] = Waiting(fresh, taken=ttnn.record_event(self.device, 0))
+        waiting, target = buffer.waiting[slot], buffer.view(slot.start, slot.stop)
+        host = ttnn.from_torch(
+            self.whole(entry, values)[None, None], dtype=waiting.tensor.dtype, layout=ttnn.TILE_LAYOUT
+        )
+        ttnn.wait_for_event(1, waiting.taken)
+        ttnn.copy_host_to_device_tensor(host, waiting.tensor, cq_id=1)
+        arrived = ttnn.record_event(self.device, 1)
+
+        @_device_at_work()
+        def write() -> None:
+            ttnn.wait_for_event(0, arrived)
+            self._scaled(waiting.tensor, 1.0, [], target)
+            waiting.taken = ttnn.record_event(self.device, 0)
+
+        return write
+
+    @_device_at_work()
     def get(self, tensor: CardTensor, start: int, stop: int) -> Tensor:
         return self.ttnn.to_torch(tensor.view(start, stop))[0].float()
 
+    @_device_at_work()
     def synchronise(self) -> None:
         self.ttnn.synchronize_device(self.device)
 
@@ -124,30 +179,13 @@ class Tenstorrent(Placed):
         return Sequence(self, calls)  # type: ignore[arg-type]
 
     def _bind_one(self, i: Instruction, buffers: Mapping[str, Any]) -> Call:
-        ttnn, chains = self.ttnn, {name: self._chain(chain) for name, chain in i.options}
-
-        def tensor(slot: Slot) -> Any:
-            return buffers[slot.buffer].view(slot.start, slot.stop)
-
-        if i.op == "transpose":
-            holder, source = buffers[i.out[0].buffer], tensor(i.inputs[0])
-            start, stop = i.out[0].start, i.out[0].stop
-            place = self.place(holder.buffer, stop - start, start, holder.batch_size)
-            self._check_transpose(source, place)
-            return lambda: holder.replace(start, stop, ttnn.transpose(source, -2, -1, memory_config=place))
-        out = tensor(i.out[0])
-        if any(buffers[slot.buffer].buffer.transient for slot in i.inputs):  # made anew by each run
-            return lambda: self._run(i, chains, out, [tensor(slot) for slot in i.inputs], buffers)
-        inputs = [tensor(slot) for slot in i.inputs]
-        return lambda: self._run(i, chains, out, inputs, buffers)
-
-    def _run(self, i: Instruction, chains: dict[str, Any], out: Any, inputs: list[Any], buffers: Any) -> None:
         ttnn = self.ttnn
+        out, *inputs = (buffers[slot.buffer].view(slot.start, slot.stop) for slot in (*i.out, *i.inputs))
         number = [] if i.scalar is None else [buffers[i.scalar].tensor]
-        if i.op == "fill":
-            ttnn.fill(out, i.scale, output_tensor=out)
-        elif i.op == "matmul":
-            ttnn.matmul(
+        chains = {name: self._chain(chain) for name, chain in i.options}
+        if i.op == "matmul":
+            return partial(
+                ttnn.matmul,
                 *inputs,
                 program_config=self._product_config(*inputs),
                 compute_kernel_config=self.compute,
@@ -155,37 +193,59 @@ class Tenstorrent(Placed):
                 dtype=out.dtype,
                 optional_output_tensor=out,
             )
-        elif i.op == "row_sums":
-            sums = ttnn.sum(
-                inputs[0],
-                dim=-2,
-                keepdim=True,
-                memory_config=out.memory_config(),
-                compute_kernel_config=self.compute,
-            )
-            ttnn.copy(sums, out)
-            self.kept[i] = sums  # a trace will write to its address again
-        elif i.op == "addcmul":
-            ttnn.addcmul(*inputs, *number, value=1.0, output_tensor=out)
-        elif i.op == "unary":
-            if "chain" in chains:
-                ttnn.unary_chain(
-                    inputs[0], chains["chain"], memory_config=out.memory_config(), output_tensor=out
-                )
-            elif inputs[0].dtype == out.dtype:
-                ttnn.copy(inputs[0], out)
-            else:  # ttnn.copy cuts fp32 to bfloat16, typecast rounds to nearest
-                ttnn.typecast(inputs[0], out.dtype, memory_config=out.memory_config(), output_tensor=out)
-        else:
-            assert i.op == "binary" and i.function is not None, i
-            getattr(ttnn, i.function)(
-                *inputs,
-                *number,
-                input_tensor_a_activations=chains.get("a_chain", []),
-                input_tensor_b_activations=chains.get("b_chain", []),
-                activations=chains.get("out_chain", []),
-                output_tensor=out,
-            )
+        if num_programs(i) > 1:
+            gathered = self._gathering(i.inputs[0])
+            source = inputs[0] if gathered is None else gathered
+            aside = {"memory_config": ttnn.L1_MEMORY_CONFIG}
+            if i.op == "transpose":
+                call = partial(ttnn.transpose, source, -2, -1, **aside)
+            else:
+                aside["compute_kernel_config"] = self.compute
+                call = partial(ttnn.sum, source, dim=-2, keepdim=True, **aside)
+            return partial(self._run_aside, i, inputs[0], gathered, call, out)
+        if i.op == "addcmul":
+            return partial(ttnn.addcmul, *inputs, *number, value=1.0, output_tensor=out)
+        if i.op == "fill":  # by 0, also where NaN or infinity was: above_zero makes that 0 or 1
+            assert i.scale == 0.0, i
+            return partial(self._scaled, out, 0.0, self._chain((("above_zero",),)), out)
+        if i.op == "unary":
+            return partial(self._scaled, inputs[0], 1.0, chains.get("chain", []), out)
+        assert i.op == "binary" and i.function is not None, i
+        return partial(
+            getattr(ttnn, i.function),
+            *inputs,
+            *number,
+            input_tensor_a_activations=chains.get("a_chain", []),
+            input_tensor_b_activations=chains.get("b_chain", []),
+            activations=chains.get("out_chain", []),
+            output_tensor=out,
+        )
+
+    def _scaled(self, a: Any, factor: float, chain: list[Any], out: Any) -> None:
+        """out = factor f(a), from any cores to any, rounded to nearest.
+
+        TT-NN's operations of one operand do less: `copy` keeps the format, or cuts it; `typecast` keeps the
+        layout; `unary_chain` refuses views that reach over more than one row of cores.
+        """
+        self.ttnn.multiply(a, factor, input_tensor_a_activations=chain, output_tensor=out)
+
+    def _gathering(self, slot: Slot) -> Any:
+        """A spread tensor to gather entries in that TT-NN would misplace without a word, or None."""
+        buffer = self.buffer(slot.buffer)
+        if not is_reordered(buffer, slot, self.grid[0]):
+            return None
+        spread = replace(buffer, count=slot.stop - slot.start, first=None)
+        return self.allocate(spread, self.planned_rows).tensor
+
+    def _run_aside(self, i: Instruction, source: Any, gathered: Any, call: Call, out: Any) -> None:
+        """For operations that allocate what they give. Where that lies on single cores, TT-NN 0.81.1 leaves
+        transposes unfinished without a word if source and target share cores; so it is spread, then moved.
+        """
+        if gathered is not None:
+            self._scaled(source, 1.0, [], gathered)
+        self.aside.pop(i, None)
+        self.aside[i] = call()  # kept, because a trace will write to its address again
+        self._scaled(self.aside[i], 1.0, [], out)
 
     def _chain(self, chain: Chain) -> list[Any]:
         make, kind = self.ttnn.UnaryWithParam, self.ttnn.UnaryOpType
@@ -202,7 +262,7 @@ class Tenstorrent(Placed):
         for name, *parameters in chain:
             operation = names.get(name) or getattr(kind, name.upper())
             parameters = parameters or ([fast[name]] if name in fast else [])
-            links.append(make(operation, *parameters) if len(parameters) < 2 else make(operation, parameters))
+            links.append(make(operation, *parameters))
         return links
 
     def _product_config(self, a: Any, b: Any) -> Any:
@@ -238,43 +298,37 @@ class Tenstorrent(Placed):
             mcast_in0=sharing.by_columns,
         )
 
-    def _check_transpose(self, source: Any, place: Any) -> None:
-        """TT-NN 0.81.1 leaves entries unwritten, without a word, where the two share their cores."""
-        if source.memory_config().is_sharded() and place.is_sharded():
-            assert source.memory_config().shard_spec.grid != place.shard_spec.grid, "transpose in place"
+
+@dataclass
+class Waiting:
+    """Where values arrive on the second queue. taken: the event after which it may be written."""
+
+    tensor: Any
+    taken: Any
 
 
 class CardTensor:
-    """A buffer on the card. tensor: all of it; parts: by (start, stop), views or what an operation made."""
+    """A buffer on the card, and views of it.
 
-    def __init__(self, backend: Tenstorrent, buffer: CardBuffer, batch_size: int, tensor: Any) -> None:
+    tensor: all of it, on a chip's first cores; entry 0 of the buffer lies on core `first`.
+    """
+
+    def __init__(self, backend: Tenstorrent, buffer: CardBuffer, tensor: Any) -> None:
         self.backend = backend
         self.buffer = buffer
-        self.batch_size = batch_size
         self.tensor = tensor
-        self.parts: dict[tuple[int, int], Any] = {}
+        self.views: dict[tuple[int, int], Any] = {}
+        self.waiting: dict[Slot, Waiting] = {}
 
     def view(self, start: int, stop: int) -> Any:
         """Entries start to stop, on their own cores; no copy."""
-        if start == 0 and stop == self.buffer.count and self.tensor is not None:
+        if self.buffer.first is None:
+            assert (start, stop) == (0, self.buffer.count), "interleaved tensors have no views"
             return self.tensor
-        if (start, stop) not in self.parts:
-            whole, first = self.tensor, 0
-            if whole is None:  # a transient buffer is there in parts
-                first, whole = next(
-                    (begin, part)
-                    for (begin, end), part in self.parts.items()
-                    if begin <= start and stop <= end
-                )
-            self.parts[start, stop] = self.backend.ttnn.narrow(whole, 1, start - first, stop - start)
-        return self.parts[start, stop]
-
-    def replace(self, start: int, stop: int, made: Any) -> None:
-        """A transient buffer's entries start to stop are now those of the tensor `made`."""
-        inside = [key for key in self.parts if start <= key[0] and key[1] <= stop]
-        for key in inside:
-            del self.parts[key]
-        self.parts[start, stop] = made
+        if (start, stop) not in self.views:
+            first = self.buffer.first + start
+            self.views[start, stop] = self.backend.ttnn.narrow(self.tensor, 1, first, stop - start)
+        return self.views[start, stop]
 
 
 class Section:
@@ -288,6 +342,7 @@ class Section:
         self.scalars = scalars
         self.written: dict[str, float] = {}
 
+    @_device_at_work()
     def __call__(self) -> None:
         self.write_numbers()
         for call in self.calls:
@@ -302,48 +357,83 @@ class Section:
 
 
 class Sequence:
-    """Sections that are always run one after the other: as they are the first time, then as a trace."""
+    """Sections that are always run one after the other: as they are the first time, then as a trace.
+
+    After the first time ttnn may compile nothing more for them.
+    """
 
     def __init__(self, backend: Tenstorrent, sections: list[Section]) -> None:
         self.backend = backend
         self.sections = sections
-        self.runs = 0
+        self.warm = False
         self.trace: Any = None
 
+    @_device_at_work()
     def __call__(self) -> None:
-        self.runs += 1
+        device = self.backend.device
         for section in self.sections:
             section.write_numbers()
-        if self.runs == 1 or not self.backend.traces:
-            for section in self.sections:
-                section()
-            return
+        device.set_program_cache_misses_allowed(not self.warm)
+        try:
+            if self.warm and self.backend.traces:
+                self._replay()
+            else:
+                self._run()
+        finally:
+            device.set_program_cache_misses_allowed(True)
+        self.warm = True
+
+    def _run(self) -> None:
+        for section in self.sections:
+            for call in section.calls:
+                call()
+
+    def _replay(self) -> None:
         ttnn, device = self.backend.ttnn, self.backend.device
         if self.trace is None:
             self.trace = ttnn.begin_trace_capture(device, cq_id=0)
-            for section in self.sections:
-                for call in section.calls:
-                    call()
+            self._run()
             ttnn.end_trace_capture(device, self.trace, cq_id=0)
+            weakref.finalize(self, _release_trace, self.backend.number, self.trace).atexit = False
         ttnn.execute_trace(device, self.trace, cq_id=0, blocking=False)
+
+
+def _release_trace(number: int, trace: Any) -> None:
+    if number in _open:
+        _ttnn().release_trace(_open[number], trace)
 
 
 # --- devices ------------------------------------------------------------------------------------------------
 
 
+def mode() -> str:
+    """What ttnn opens here: simulator, mock or card, in its own order of preference, or nothing."""
+    if os.environ.get("TT_METAL_SIMULATOR"):
+        return "simulator"
+    if os.environ.get("TT_METAL_MOCK_CLUSTER_DESC_PATH"):
+        return "mock"
+    return "card" if cards() else "nothing"
+
+
+def cards() -> list[Path]:
+    """The Tenstorrent devices that the driver shows."""
+    return sorted(Path("/dev/tenstorrent").glob("*"))
+
+
 def is_mock() -> bool:
-    return bool(os.environ.get("TT_METAL_MOCK_CLUSTER_DESC_PATH"))
+    return mode() == "mock"
 
 
 def _ttnn() -> Any:
     if importlib.util.find_spec("ttnn") is None:
-        fits = sys.version_info[:2] in ((3, 10), (3, 12))
+        fits = sys.version_info[:2] in TTNN_PYTHONS
         where = "" if fits else " in an environment of Python 3.10 or 3.12, the ones ttnn has wheels for"
         raise BackendUnavailable(
             f'the tenstorrent backend needs ttnn: pip install "pctt[tt]"{where}; without a card, '
             "backend='emulated' computes the same on the CPU."
         )
     os.environ.setdefault("TT_METAL_LOGGER_LEVEL", "FATAL")
+    os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # or its import prints its settings
     import ttnn  # pyright: ignore[reportMissingImports]
 
     return ttnn
@@ -365,18 +455,19 @@ def open_device(device: str | int | None = None) -> Any:
             f"TT_METAL_MOCK_CLUSTER_DESC_PATH={mock} does not exist; correct the path, or unset it."
         )
     ttnn = _ttnn()
-    if not simulator and not mock and not any(Path("/dev/tenstorrent").glob("*")):
+    if mode() == "nothing":
         raise BackendUnavailable(
             "there is no Tenstorrent device (/dev/tenstorrent is empty); install the driver if there is a "
             "card, set TT_METAL_SIMULATOR to simulate one, or use backend='emulated'."
         )
     fast = os.environ.get("TT_METAL_SLOW_DISPATCH_MODE") is None
-    options = {"trace_region_size": 32 << 20} if fast and not mock else {}
+    options: dict[str, int] = {"num_command_queues": 2} if fast else {}
+    if fast and not mock:
+        options["trace_region_size"] = 32 << 20
     try:
         _open[number] = ttnn.open_device(device_id=number, **options)
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BackendUnavailable(f"ttnn could not open device {number}: {reason}") from error
+        raise BackendUnavailable(f"ttnn could not open device {number}: {_reason(error)}") from error
     return _open[number]
 
 

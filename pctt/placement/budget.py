@@ -2,14 +2,15 @@
 
 Allocation is lock-step: a shard that lies on one core reserves its addresses on every core, so what counts is
 the sum over all tensors of their bytes per core, wherever they lie. Tensors grow from the top of L1, the
-circular buffers of the operation that is running from the bottom.
+circular buffers of the operation that is running from the bottom. docs/placement.md says how both were
+checked against ttnn's own allocator.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pctt.backends.lowering import TILE, CardBuffer
+from pctt.backends.lowering import TILE, CardBuffer, is_reordered, num_programs
 from pctt.backends.precision import BYTES
 from pctt.groups import Layout
 from pctt.placement.chips import CHIPS, Chip, Grid
@@ -20,15 +21,13 @@ TILE_BYTES = TILE * TILE * 4
 KINDS = {
     "weights": ("weight", "bias", "operand", "transposed", "precision"),
     "learning state": ("_momentum", "_moment"),
-    "transient": ("_gradient", "transposing", "transposed_activity", "scratch", "square", "product", "step"),
+    "transient": (*("_gradient", "transposed_activity", "scratch", "square", "product", "step", "_aside"),),
 }
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the budget. members: the nodes or layers it belongs to, none for a number.
-    bytes: on each core.
-    """
+    """One tensor of the budget. bytes: on each core."""
 
     buffer: CardBuffer
     bytes: int
@@ -45,11 +44,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Budget:
-    """L1 of each core, in bytes."""
+    """L1 of each core, in bytes.
+
+    entries: the tensors that stay.    circular_buffers: of the operation that needs most.
+    reserved: room for the data of the next batch, which may arrive beside those in use.
+    """
 
     entries: tuple[Entry, ...]
     circular_buffers: int
     available: int
+    reserved: int = 0
 
     @property
     def tensors(self) -> int:
@@ -57,7 +61,7 @@ class Budget:
 
     @property
     def total(self) -> int:
-        return self.tensors + self.circular_buffers
+        return self.tensors + self.reserved + self.circular_buffers
 
     @property
     def excess(self) -> int:
@@ -75,11 +79,31 @@ def card_buffer(program: Program, name: str) -> CardBuffer:
 def budget(program: Program, chip: Chip, grid: Grid, rows: int) -> Budget:
     """The budget of a lowered program at `rows` rows a batch on a grid of (columns, rows) cores."""
     num_cores = grid[0] * grid[1]
-    buffers = [card_buffer(program, name) for name in program.buffers]
-    entries = tuple(Entry(buffer, buffer.bytes_per_core(rows, num_cores)) for buffer in buffers)
-    code = {*program.training_step(), *program.refresh}
-    largest = max((_circular(i, program, num_cores, rows) for i in code), default=0)
-    return Budget(entries, largest, chip.l1_bytes)
+    code = dict.fromkeys([*program.training_step(), *program.refresh])
+    tensors = [card_buffer(program, name) for name in program.buffers]
+    for number, i in enumerate(code):
+        if num_programs(i) == 2:  # what TT-NN allocates is spread over all cores
+            out, buffer = i.out[0], card_buffer(program, i.out[0].buffer)
+            _, _, home = buffer.name.partition("@")
+            name = f"{i.op}_aside {number}@{home}"
+            tensors.append(replace(buffer, name=name, first=None, count=out.stop - out.start))
+            source, slot = card_buffer(program, i.inputs[0].buffer), i.inputs[0]
+            if is_reordered(source, slot, grid[0]):
+                name = f"gathered_aside {number}@{home}"
+                tensors.append(replace(source, name=name, first=None, count=out.stop - out.start))
+    entries = tuple(Entry(buffer, buffer.bytes_per_core(rows, num_cores)) for buffer in tensors)
+    largest = max((circular_buffers(i, program, num_cores, rows) for i in code), default=0)
+    return Budget(entries, largest, chip.l1_bytes, _arriving(program, num_cores, rows))
+
+
+def _arriving(program: Program, num_cores: int, rows: int) -> int:
+    """Bytes on a core of a second copy of the given activities, spread over all cores."""
+    given = {slot for i in program.training_step() for slot in i.inputs if slot.buffer.startswith("initial@")}
+    total = 0
+    for slot in given:
+        buffer = replace(card_buffer(program, slot.buffer), first=None)
+        total += (slot.stop - slot.start) * buffer.bytes_per_core(rows, num_cores)
+    return total
 
 
 @dataclass(frozen=True)
@@ -87,17 +111,24 @@ class SpreadProduct:
     """How a product whose operands are spread over the cores is shared among them: each core computes
     some of the columns of the result, or some of its rows, in blocks along the inner dimension.
 
-    rows, columns, depth: tiles per core of the result, tiles of a block.    by_columns: what is shared.
+    rows, columns, depth: tiles per core of the result, tiles of a block.    num_blocks: along the inner
+    dimension.    num_cores: that have a share.    by_columns: what is shared.
     """
 
     rows: int
     columns: int
     depth: int
+    num_blocks: int
+    num_cores: int
     by_columns: bool
 
     def circular_buffers(self, first: int, second: int, out: int) -> int:
-        """Bytes on a core; first, second, out: of one tile of the operands and of the result."""
-        operands = 2 * self.depth * (self.rows * first + self.columns * second)
+        """Bytes on a core; first, second, out: of one tile of the operands and of the result.
+
+        Two blocks of the operands if there are two, and the result, beside which fp32 partial sums lie where
+        it is not fp32 itself.
+        """
+        operands = min(2, self.num_blocks) * self.depth * (self.rows * first + self.columns * second)
         partial_sums = 0 if out == TILE_BYTES else TILE_BYTES
         return operands + self.rows * self.columns * (out + partial_sums)
 
@@ -105,26 +136,45 @@ class SpreadProduct:
 def spread_product(rows: int, depth: int, columns: int, num_cores: int) -> SpreadProduct:
     """The sharing of a product of rows x depth by depth x columns tiles."""
     block = next(size for size in (4, 3, 2, 1) if depth % size == 0)
+    longer = max(rows, columns)
+    share = -(-longer // num_cores)
+    used = -(-longer // share)
     if columns >= rows:
-        return SpreadProduct(rows, -(-columns // num_cores), block, by_columns=True)
-    return SpreadProduct(-(-rows // num_cores), columns, block, by_columns=False)
+        return SpreadProduct(rows, share, block, depth // block, used, by_columns=True)
+    return SpreadProduct(share, columns, block, depth // block, used, by_columns=False)
 
 
-def _circular(instruction: Instruction, program: Program, num_cores: int, rows: int) -> int:
-    """Bytes of the circular buffers of one operation that are not aliased to the shards of its tensors."""
-    out = card_buffer(program, instruction.out[0].buffer)
-    if instruction.op != "matmul":
-        return ELEMENTWISE_TILES * TILE_BYTES
-    height, width = out.tiles(rows)
-    if out.first is not None:  # partial sums, where the output has another format than the accumulator
-        return 0 if out.format == "float32" else height * width * TILE_BYTES
-    operands = [card_buffer(program, slot.buffer) for slot in instruction.inputs]
-    sharing = spread_product(height, operands[0].tiles(rows)[1], width, num_cores)
-    return sharing.circular_buffers(*(TILE * TILE * BYTES[buffer.format] for buffer in (*operands, out)))
+def circular_buffers(instruction: Instruction, program: Program, num_cores: int, rows: int) -> int:
+    """Bytes on a core of the circular buffers of one card operation, those aside that alias its tensors.
 
-
-ELEMENTWISE_TILES = 10
-"""Two tiles for each operand and for what its chains of functions leave, and for the result."""
+    A product whose tensors lie on single cores aliases them all, and needs room for fp32 partial sums only
+    where its result has another format. An elementwise operation passes its operands and its result through
+    two tiles each, what is broadcast through two more, and what a function leaves of an operand through one.
+    This is an upper bound: where all of its tensors lie on the same cores it needs less, down to nothing.
+    """
+    i = instruction
+    out = card_buffer(program, i.out[0].buffer)
+    inputs = [card_buffer(program, slot.buffer) for slot in i.inputs]
+    tile = {buffer.name: TILE * TILE * BYTES[buffer.format] for buffer in (*inputs, out)}
+    if i.op == "matmul":
+        height, width = out.tiles(rows)
+        if out.first is not None:
+            return 0 if out.format == "float32" else height * width * TILE_BYTES
+        sharing = spread_product(height, inputs[0].tiles(rows)[1], width, num_cores)
+        return sharing.circular_buffers(*(tile[buffer.name] for buffer in (*inputs, out)))
+    number = TILE_BYTES if i.scalar else 0
+    operands = sum(tile[buffer.name] for buffer in inputs) if inputs else tile[out.name]
+    total = 2 * (operands + number + tile[out.name])
+    if i.op == "binary":
+        row = inputs[1] if len(inputs) > 1 and inputs[1].rows == 1 and out.rows != 1 else None
+        total += 2 * (tile[row.name] if row else number)
+        chains = dict(i.options)
+        total += 2 * TILE_BYTES * len({"a_chain", "b_chain"} & chains.keys())
+    elif i.op == "row_sums":  # the ones that a reduction multiplies by
+        total += TILE_BYTES
+    elif i.op in ("unary", "fill"):  # a factor, and what the functions leave
+        total += TILE_BYTES + (2 * TILE_BYTES if i.options or i.op == "fill" else 0)
+    return total
 
 
 def refuse_unless_it_fits(program: Program, layout: Layout, chip: Chip, grid: Grid, rows: int) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ class FloorPlan:
 def as_text(plan: FloorPlan) -> str:
     """The plan in ASCII, at most 110 columns wide: the grid, a bar per used core, the legend.
 
+    Neighbours in the list of cores that have one label and hold the same share a bar.
+
     A bar shows the share of L1 in use: one mark as soon as there is anything, full only when nothing is left.
     Characters outside ASCII become question marks.
 
@@ -163,15 +166,19 @@ def _grid_rows(plan: FloorPlan) -> list[str]:
 def _bar_rows(plan: FloorPlan) -> list[str]:
     used = len(plan.cores)
     result = [f"L1 per core, {plan.l1_bytes:,} B; {used} of {plan.grid[0] * plan.grid[1]} cores in use"]
-    where = max((len(_place(use)) for use in plan.cores), default=0)
+    runs = [
+        list(run) for _, run in groupby(plan.cores, lambda use: (use.label, use.layer, use.bytes_by_kind))
+    ]
+    where = max((len(_place(run)) for run in runs), default=0)
     label = min(MAX_LABEL, max((len(_ascii(use.label)) for use in plan.cores), default=0))
     digits = max((len(f"{use.total_bytes:,}") for use in plan.cores), default=0)
-    for use in plan.cores:
+    for run in runs:
+        use = run[0]
         total = use.total_bytes
         marks = _marks(total, plan.l1_bytes)
         over = f"  {total - plan.l1_bytes:,} B too many" if total > plan.l1_bytes else ""
         result.append(
-            f"{_place(use):<{where}} {_short(_ascii(use.label), label):<{label}} "
+            f"{_place(run):<{where}} {_short(_ascii(use.label), label):<{label}} "
             f"[{'#' * marks:-<{BAR}}] {total:>{digits},} B {total / plan.l1_bytes:>6.1%}{over}"
         )
     return result
@@ -184,9 +191,9 @@ def _marks(total: int, limit: int) -> int:
     return min(BAR - 1, max(round(BAR * total / limit), 1 if total else 0))
 
 
-def _place(use: CoreUse) -> str:
-    x, y = use.core
-    return f"({x},{y})"
+def _place(run: Sequence[CoreUse]) -> str:
+    ends = [run[0]] if len(run) == 1 else [run[0], run[-1]]
+    return " to ".join(f"({x},{y})" for x, y in (use.core for use in ends))
 
 
 def _short(text: str, width: int) -> str:
@@ -268,7 +275,7 @@ def _draw_bars(axes: Any, plan: FloorPlan, colours: dict[int | None, str], point
     limit = f"L1 of a core, {plan.l1_bytes:,} B"
     axes.axvline(plan.l1_bytes / 1024, color="black", linestyle="--", linewidth=1.4, label=limit)
     axes.set(xlim=(0, 1.04 * max(most, plan.l1_bytes) / 1024), ylim=(max(8, len(places)) - 0.4, -0.6))
-    names = [f"{_short(use.label, MAX_LABEL)} {_place(use)}" for use in plan.cores]
+    names = [f"{_short(use.label, MAX_LABEL)} {_place([use])}" for use in plan.cores]
     axes.set_yticks(places, labels=names, fontsize=min(8.0, 0.75 * points), parse_math=False)
     # A swatch ties the bar to the core's colour in the grid.
     for place, use in zip(places, plan.cores, strict=True):

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pctt import cli, record
+from pctt import DeviceLost, Engine, cli, record
+from pctt.backends import tenstorrent
+from pctt.run import Trainer
 
 TINY = """
 [[layers]]
@@ -151,6 +153,13 @@ def test_a_killed_run_resumes_as_if_never_stopped(tiny, tmp_path, number):
         (["train", "digits", "--epochs", "-1"], "epochs must be a whole number"),
         (["train", "digits", "--backend", "nope"], "backend must be one of"),
         (["train", "digits", "--set", "init.gain=-1"], "gain must be a finite number above 0"),
+        (["train", "digits", "--backend", "emulated", "--device", "n151"], "emulated backend must be one of"),
+        (["train", "digits", "--backend", "tenstorrent", "--device", "n150"], "must be a number such as 0"),
+        (["train", "digits", "--set", "precision.states=bfloat16"], "no effect on the reference backend"),
+        (
+            ["train", "digits", "--backend", "emulated", "--set", "precision.states=fp8"],
+            "precision: states must be one of float32, bfloat16",
+        ),
     ],
 )
 def test_wrong_usage_exits_2_with_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
@@ -159,6 +168,10 @@ def test_wrong_usage_exits_2_with_one_sentence(arguments, sentence, capsys, tmp_
     errors = capsys.readouterr().err
     assert sentence in errors and len(errors.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+EMULATED = ("train", "digits", "--backend", "emulated", "--set")
+SOFTMAX = '{units=10, activation="softmax", energy={kind="categorical"}}'
 
 
 @pytest.mark.parametrize(
@@ -170,6 +183,10 @@ def test_wrong_usage_exits_2_with_one_sentence(arguments, sentence, capsys, tmp_
         (["train", "digits", "--device", "cuda"], "cuda"),
         (["eval", "nowhere"], "holds no run"),
         (["train", "digits", "--resume", "--out", "nowhere"], "holds no run"),
+        ([*EMULATED, "layers=[{units=60000}, {units=10}]"], "does not fit the n150"),
+        ([*EMULATED, "training.batch_size=1000000"], "a batch_size of at most 256"),
+        ([*EMULATED, f"layers=[{SOFTMAX}]"], "layer 'dense1' has a softmax or a categorical energy"),
+        ([*EMULATED, "learning.clip_norm=1.0"], "clip_norm is not run by the card backends"),
     ],
 )
 def test_what_cannot_be_done_exits_1_with_one_sentence(arguments, sentence, capsys, tmp_path, monkeypatch):
@@ -179,6 +196,144 @@ def test_what_cannot_be_done_exits_1_with_one_sentence(arguments, sentence, caps
     errors = capsys.readouterr().err
     assert sentence in errors and len(errors.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "ttnn", "sentence"),
+    [
+        (None, None, None, 'needs ttnn: pip install "pctt[tt]"'),
+        (None, None, "", "there is no Tenstorrent device"),
+        ("TT_METAL_SIMULATOR", "/nonexistent/libttsim.so", None, "/nonexistent/libttsim.so does not exist"),
+        ("TT_METAL_SIMULATOR", "/", "def open_device(**k): raise RuntimeError('No chip')", "No chip"),
+        ("TT_METAL_MOCK_CLUSTER_DESC_PATH", "/", "", "mock device computes nothing"),
+    ],
+)
+def test_a_card_that_cannot_be_used_exits_1_with_one_sentence(
+    variable, value, ttnn, sentence, capsys, tmp_path, monkeypatch
+):
+    """On machines without ttnn (None), and with one (the text of a stand-in) that finds no device."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("TT_METAL_SIMULATOR", "TT_METAL_MOCK_CLUSTER_DESC_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(tenstorrent, "cards", list)
+    monkeypatch.setattr(tenstorrent, "_open", {})
+    find = tenstorrent.importlib.util.find_spec
+    if ttnn is None:
+        monkeypatch.setattr(
+            tenstorrent.importlib.util, "find_spec", lambda name: None if name == "ttnn" else find(name)
+        )
+    else:
+        (tmp_path / "ttnn.py").write_text(ttnn)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "ttnn", raising=False)
+    try:
+        assert run("train", "digits", "--backend", "tenstorrent") == cli.FAILED
+    finally:
+        if ttnn is not None:
+            sys.modules.pop("ttnn", None)
+    errors = capsys.readouterr().err
+    assert sentence in errors and len(errors.strip().splitlines()) == 1
+    assert not list((tmp_path / "here").iterdir()), "nothing may be left behind"
+
+
+def backends_of(folder: Path) -> list[tuple[int, str]]:
+    """Where a run says that it went on elsewhere: (step, backend)."""
+    return [(line["step"], line["backend"]) for line in records(folder) if line["kind"] == "backend"]
+
+
+def test_a_run_on_an_emulated_card_says_so_everywhere(tiny, tmp_path, capsys):
+    """In what is printed, in the record's first line, in config.json; and eval runs there too."""
+    out = tmp_path / "run"
+    place = ("--backend", "emulated", "--device", "p100a")
+    settings = ("--set", "precision.operands=float32", "precision.fidelity=HiFi2")
+    assert run("train", tiny, "--out", out, "--epochs", 1, *place, *settings) == cli.OK
+    assert "backend emulated, p100a with 11x10 cores, HiFi2, bfloat16 weights" in capsys.readouterr().out
+    first = records(out)[0]
+    assert (first["kind"], first["backend"], first["device"]) == (
+        "backend",
+        "emulated",
+        "p100a with 11x10 cores",
+    )
+    assert first["precision"]["operands"] == "float32" and first["precision"]["weights"] == "bfloat16"
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["training"]["device"] == "p100a" and saved["precision"]["fidelity"] == "HiFi2"
+    assert run("eval", out, "--json") == cli.OK
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["test_accuracy"] == records(out)[-1]["test_accuracy"]
+    assert (evaluated["backend"], evaluated["device"]) == ("emulated", "p100a with 11x10 cores")
+    assert evaluated["precision"] == first["precision"]
+    assert run("eval", out, "--backend", "reference", "--json") == cli.OK
+    evaluated = json.loads(capsys.readouterr().out)
+    assert (evaluated["backend"], evaluated["device"], evaluated["precision"]) == ("reference", "cpu", None)
+
+
+def test_eval_refuses_a_device_of_another_backend(tiny, tmp_path, capsys):
+    run("train", tiny, "--out", tmp_path / "run", "--epochs", 1)
+    assert run("eval", tmp_path / "run", "--backend", "emulated", "--device", "cuda:0") == cli.USAGE
+    assert "must be one of n150" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_elsewhere_records_where_and_only_then(tiny, tmp_path):
+    """21 batches an epoch. Precision is part of where; a resume in the same place adds no line."""
+    out = tmp_path / "run"
+    emulated = ("--backend", "emulated")
+    run("train", tiny, "--out", out, "--epochs", 1, *emulated, "--set", "precision.states=bfloat16")
+    assert run("train", tiny, "--out", out, "--epochs", 2, "--resume") == cli.OK
+    assert run("train", tiny, "--out", out, "--epochs", 3, "--resume") == cli.OK
+    assert run("train", tiny, "--out", out, "--epochs", 4, "--resume", *emulated) == cli.OK
+    assert backends_of(out) == [(1, "emulated"), (22, "reference"), (64, "emulated")]
+    assert records(out)[-1]["kind"] == "result" and records(out)[-1]["step"] == 84
+
+
+def test_a_device_that_fails_exits_1_and_the_run_goes_on_as_if_it_had_not(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    """In the middle of epoch 2; then while the test data are evaluated."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = ("train", tiny, "--backend", "emulated", "--out")
+    assert run(*command, whole) == cli.OK
+    learn = Engine.learn
+
+    def fail(engine: Engine, rate: float, step: int) -> None:
+        if step == 30:
+            raise DeviceLost("ttnn failed on the device: it hung")
+        learn(engine, rate, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "learn", fail)
+        capsys.readouterr()
+        assert run(*command, parts, "--json") == cli.FAILED
+        printed = capsys.readouterr()
+    assert "it hung" in printed.err and f"--out {parts} --resume" in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["status"] == "DEVICE_LOST"
+    last = records(parts)[-1]
+    assert (last["kind"], last["status"], last["step"]) == ("failed", "DEVICE_LOST", 30)
+    assert (parts / "curves.png").is_file()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", lambda trainer, data: fail(trainer.engine, 0.0, 30))
+        assert run(*command, parts, "--resume") == cli.FAILED
+        assert "evaluating: ttnn failed" in capsys.readouterr().err
+    assert records(parts)[-1]["kind"] == "failed"
+    assert run(*command, parts, "--resume") == cli.OK
+    assert records(whole) == records(parts)
+    assert (whole / "checkpoint.safetensors").read_bytes() == (parts / "checkpoint.safetensors").read_bytes()
+
+
+def test_a_network_that_no_card_runs_can_be_resumed_on_the_reference_only(tiny, tmp_path, capsys):
+    """The sentence blames the layer, not the checkpoint, and the run stays as it was."""
+    out = tmp_path / "run"
+    command = ("train", tiny, "--set", f"layers=[{SOFTMAX}]", "--out", out)
+    assert run(*command, "--epochs", 1) == cli.OK
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    capsys.readouterr()
+    assert run(*command, "--resume", "--backend", "emulated") == cli.FAILED
+    errors = capsys.readouterr().err
+    assert "layer 'dense1' has a softmax" in errors and "does not hold a run" not in errors
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 def test_unknown_options_exit_2(capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pctt import SGD, Adam, AdamW, Categorical, Constant, Dense, Gaussian, Inference, Network, WarmupCosine
+from pctt.backends.precision import FIDELITIES, FORMATS, PrecisionPolicy
 from pctt.config import (
     DataConfig,
     InitConfig,
@@ -71,7 +73,7 @@ LAYERS = st.builds(
     ENERGIES,
     st.none() | TEXT,
 )
-RUNS = st.builds(
+ON_THE_REFERENCE = st.builds(
     RunConfig,
     layers=st.lists(LAYERS, min_size=1, max_size=3).map(tuple),
     data=st.builds(DataConfig, TEXT, st.none() | TEXT, FRACTION),
@@ -99,6 +101,19 @@ RUNS = st.builds(
         tensorboard=st.booleans(),
     ),
 )
+FORMAT = st.sampled_from(FORMATS)
+POLICIES = st.builds(
+    PrecisionPolicy, FORMAT, FORMAT, FORMAT, FORMAT, FORMAT, st.none() | st.sampled_from(FIDELITIES)
+)
+
+
+def moved(run: RunConfig, place: tuple[str, str | None], precision: PrecisionPolicy | None) -> RunConfig:
+    backend, device = place
+    return replace(run, training=replace(run.training, backend=backend, device=device), precision=precision)
+
+
+PLACES = (("emulated", None), ("emulated", "p150"), ("tenstorrent", None), ("tenstorrent", "1"))
+RUNS = ON_THE_REFERENCE | st.builds(moved, ON_THE_REFERENCE, st.sampled_from(PLACES), st.none() | POLICIES)
 
 
 @settings(max_examples=150)
@@ -143,6 +158,7 @@ def test_junk_anywhere_in_a_configuration_is_refused_as_value_error_or_read(conf
 # --- mistakes -----------------------------------------------------------------------------------------------
 
 LAYER = {"units": 3}
+CARD = {"layers": [LAYER], "training": {"backend": "emulated"}}
 
 
 @pytest.mark.parametrize(
@@ -240,6 +256,19 @@ LAYER = {"units": 3}
             r"^data: validation must be in \[0.0, 1.0\), got 1.0",
         ),
         ({"layers": [LAYER], "init": {"scheme": "zeros"}}, "^init: scheme must be one of xavier"),
+        (
+            {"layers": [LAYER], "training": {"backend": "emulated", "device": "n151"}},
+            "^training: device of the emulated backend must be one of n150, .*, got 'n151'",
+        ),
+        (
+            {"layers": [LAYER], "training": {"backend": "tenstorrent", "device": "n150"}},
+            "^training: device of the tenstorrent backend must be a number such as 0, got 'n150'",
+        ),
+        ({"layers": [LAYER], "precision": {}}, "precision has no effect on the reference backend"),
+        ({**CARD, "precision": 3}, "^precision must be a table, got 3"),
+        ({**CARD, "precision": {"state": "float32"}}, "^unknown key precision.state; known here: states"),
+        ({**CARD, "precision": {"states": "float16"}}, "^precision: states must be one of float32, bfloat16"),
+        ({**CARD, "precision": {"fidelity": "HiFi5"}}, "^precision: fidelity must be one of LoFi"),
     ],
 )
 def test_a_mistake_is_refused_in_a_sentence_that_begins_with_its_place(values, words):

@@ -8,6 +8,10 @@ import torch
 
 import pctt
 from pctt import checkpoint, record, run
+from pctt.backends import tenstorrent
+from pctt.backends.lowering import CardBuffer
+from pctt.backends.precision import PrecisionPolicy
+from pctt.backends.tenstorrent import CardTensor
 from pctt.data import Split
 
 
@@ -88,6 +92,133 @@ def test_a_run_stopped_anywhere_resumes_bit_for_bit(tmp_path, learning, stop_aft
         for part in ("whole", "parts")
     )
     assert whole_lines == part_lines
+
+
+def test_a_run_goes_on_on_another_backend_with_the_same_weights_and_state(tmp_path):
+    """Whoever wrote the checkpoint: masters and moments are fp32 on both sides, so nothing may change."""
+    backends = ("reference", "emulated", "reference")
+    first = trainer(backend=backends[0])
+    for epochs, backend in enumerate(backends[1:], start=1):
+        assert first.fit(blobs(), epochs, save_to=tmp_path).status.ok
+        second = pctt.load(tmp_path, backend=backend)
+        assert same(first.weights, second.weights)
+        assert same(first.engine.learning_state(), second.engine.learning_state())
+        first = second
+    assert first.fit(blobs(), 10, blobs(seed=1)).validation_accuracy == 1.0
+
+
+@pytest.mark.parametrize("backend", ["reference", "emulated"])
+@pytest.mark.parametrize(
+    ("method", "fails_at"),
+    [("relax", 7), ("learn", 7), ("predict", 10), ("learning_state", 10), ("weights", 10)],
+)
+def test_a_device_that_fails_ends_the_run_and_the_checkpoint_goes_on_bit_for_bit(
+    tmp_path, monkeypatch, backend, method, fails_at
+):
+    """5 batches an epoch: it fails in the middle of epoch 2, or at its end while evaluating or saving."""
+
+    def fit(t, folder, resume_after=None):
+        with record.Recorder(folder, resume_after=resume_after) as recorder:
+            return t.fit(blobs(), 3, blobs(seed=1), [recorder.log_record], save_to=folder)
+
+    whole, broken = trainer(backend=backend), trainer(backend=backend)
+    fit(whole, tmp_path / "whole")
+    sound = getattr(broken.engine, method)
+
+    def fail(*arguments, **settings):
+        if broken.progress.step == fails_at:
+            raise pctt.DeviceLost("ttnn failed on the device: it hung")
+        return sound(*arguments, **settings)
+
+    monkeypatch.setattr(broken.engine, method, fail)
+    result = fit(broken, tmp_path / "parts")
+    assert result.status is pctt.Status.DEVICE_LOST and not result.status.ok
+    assert result.steps == fails_at and f"after batch {fails_at}: " in result.message
+    assert "it hung" in result.message and "last checkpoint" in result.message
+    resumed = pctt.load(tmp_path / "parts", backend=backend)
+    assert resumed.progress.step == 5
+    fit(resumed, tmp_path / "parts", resume_after=5)
+    assert same(whole.weights, resumed.weights)
+    whole_lines, part_lines = (
+        [{**entry, "seconds": 0} for entry in record.read(tmp_path / part / record.FILE_NAME)]
+        for part in ("whole", "parts")
+    )
+    assert whole_lines == part_lines
+
+
+def test_rows_that_only_fill_a_tile_do_not_count():
+    """A batch of 20 takes 32 rows on a card; counted, the 12 would add to every energy what biases do there.
+
+    Products keep 8 bits or more of every operand, and an error here is no small difference of large numbers,
+    so a few 2^-8 of an energy are to be expected.
+    """
+    energies = []
+    weights = pctt.init(network())
+    for layer in weights.values():
+        layer["bias"].fill_(0.5)
+    for backend in ("reference", "emulated"):
+        t = trainer(backend=backend, weights=weights)
+        t.fit(blobs(20), 1, callbacks=[lambda kind, fields: energies.append((kind, fields))])
+    first, second = (fields["energies"] for kind, fields in energies if kind == "batch")
+    assert first == {name: pytest.approx(value, rel=0.05) for name, value in second.items()}
+
+
+def test_a_mock_device_is_not_trained_on(monkeypatch):
+    """Every number read from it is zero: a checkpoint would be overwritten by zeros."""
+    monkeypatch.delenv("TT_METAL_SIMULATOR", raising=False)
+    monkeypatch.setenv("TT_METAL_MOCK_CLUSTER_DESC_PATH", "/somewhere/n150.yaml")
+    with pytest.raises(pctt.BackendUnavailable, match="mock device computes nothing"):
+        trainer(backend="tenstorrent")
+
+
+def test_a_trainer_says_where_it_computes():
+    policy = PrecisionPolicy(states="bfloat16", fidelity="HiFi2")
+    card = trainer(backend="emulated", device="p150", precision=policy).place()
+    assert card["backend"] == "emulated" and card["device"].startswith("p150 with 11x10")
+    assert card["precision"]["states"] == "bfloat16" and card["precision"]["fidelity"] == "HiFi2"
+    assert trainer().place() == {"backend": "reference", "device": "cpu", "precision": None}
+
+
+TT_FATAL = "TT_FATAL @ /a/b.cpp:3: ok\ninfo:\nThe card has hung.\nbacktrace:\n --- frame"
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "words"),
+    [
+        (RuntimeError(TT_FATAL), pctt.DeviceLost, "ttnn failed on the device: The card has hung$"),
+        (RuntimeError("bus error"), pctt.DeviceLost, "ttnn failed on the device: bus error$"),
+        (AssertionError("a fault of pctt"), AssertionError, "a fault of pctt"),
+        (ValueError("a fault of the caller"), ValueError, "a fault of the caller"),
+    ],
+)
+def test_what_ttnn_raises_at_work_is_a_lost_device_and_a_fault_of_pctt_is_not(raised, expected, words):
+    """Wherever the device must answer: running, reading, writing, allocating, waiting."""
+
+    def fail(*arguments, **settings):
+        raise raised
+
+    class Broken:
+        def __getattr__(self, name):
+            return fail
+
+    backend = object.__new__(tenstorrent.Tenstorrent)
+    backend.ttnn = Broken()
+    backend.device, backend.traces, backend.queues = Broken(), False, True
+    backend._place = lambda *arguments: None
+    section = tenstorrent.Section([fail], [], {})
+    tensor = CardTensor(backend, CardBuffer("weight@layers0", 1, 32, 32), None)
+    tensor.views[0, 1] = None
+    calls = [
+        section,
+        tenstorrent.Sequence(backend, [section]),
+        backend.synchronise,
+        lambda: backend.get(tensor, 0, 1),
+        lambda: backend.put(tensor, tensor.buffer, 0, torch.zeros(32, 32)),
+        lambda: backend.allocate(tensor.buffer, 32),
+    ]
+    for call in calls:
+        with pytest.raises(expected, match=words):
+            call()
 
 
 def test_plain_sgd_which_has_no_state_saves_and_resumes(tmp_path):
