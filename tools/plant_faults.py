@@ -49,6 +49,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "stopping": (SETTINGS,),
     "twin": ("tests/unit/test_backprop.py",),
     "network": ("tests/unit/test_network.py",),
+    "card": ("tests/unit/test_emulated.py", "tests/unit/test_lowering.py"),
+    "placement": ("tests/unit/test_budget.py", "tests/unit/test_cost.py", "tests/unit/test_plan.py"),
     "config": ("tests/unit/test_config.py",),
     "resume": ("tests/unit/test_run.py",),
     "checkpoint": ("tests/unit/test_checkpoint.py",),
@@ -74,6 +76,7 @@ DYNAMICS = "pctt/inference/dynamics.py"
 ASSEMBLE = "pctt/assemble.py"
 ENGINE = "pctt/engine.py"
 REFERENCE = "pctt/backends/reference.py"
+LOWERING = "pctt/backends/lowering.py"
 
 FAULTS = (
     Fault(
@@ -237,6 +240,43 @@ FAULTS = (
         "pctt/backprop.py",
         "return 0.5 * ((precision",
         "return 1.0 * ((precision",
+    ),
+    Fault(
+        "card-feedback-through-w",
+        "card",
+        LOWERING,
+        'self._received(v), self._turned("transposed", layer)',
+        'self._received(v), self._layer("operand", layer)',
+    ),
+    Fault("card-weights-not-refreshed", "card", LOWERING, "update = (*update, *refresh)", "pass"),
+    Fault(
+        "card-step-upwards",
+        "card",
+        LOWERING,
+        '"subtract" if other * scale < 0 else "add", step',
+        '"add", step',
+    ),
+    Fault("card-padding-counts", "card", LOWERING, 'if _role(out) == "deviation":', "if False:"),
+    Fault(
+        "card-rounds-to-zero",
+        "card",
+        "pctt/backends/emulated.py",
+        'out.copy_(values.bfloat16() if form == "bfloat16" else values)',
+        'out.copy_(cut(values, 7) if form == "bfloat16" else values)',
+    ),
+    Fault(
+        "spread-tensors-cost-nothing",
+        "placement",
+        LOWERING,
+        "-(-self.count * rows * columns // num_cores)",
+        "0",
+    ),
+    Fault(
+        "reserve-forgotten",
+        "placement",
+        "pctt/placement/budget.py",
+        "self.tensors + self.reserved + self.circular_buffers",
+        "self.tensors + self.circular_buffers",
     ),
     Fault("unknown-key-accepted", "config", "pctt/config.py", "if key not in names:", "if False:"),
     Fault(

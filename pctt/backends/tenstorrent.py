@@ -86,6 +86,7 @@ class Tenstorrent(Placed):
             packer_l1_acc=True,
         )
         self.aside: dict[Instruction, Any] = {}
+        self.gathered: dict[tuple[Slot, int], Any] = {}
         fast = os.environ.get("TT_METAL_SLOW_DISPATCH_MODE") is None
         self.traces = fast and not is_mock()
         self.queues = fast  # two of them: open_device
@@ -234,8 +235,11 @@ class Tenstorrent(Placed):
         buffer = self.buffer(slot.buffer)
         if not is_reordered(buffer, slot, self.grid[0]):
             return None
-        spread = replace(buffer, count=slot.stop - slot.start, first=None)
-        return self.allocate(spread, self.planned_rows).tensor
+        key = slot, self.planned_rows  # weights are bound twice, in `update` and in `refresh`
+        if key not in self.gathered:
+            spread = replace(buffer, count=slot.stop - slot.start, first=None)
+            self.gathered[key] = self.allocate(spread, self.planned_rows).tensor
+        return self.gathered[key]
 
     def _run_aside(self, i: Instruction, source: Any, gathered: Any, call: Call, out: Any) -> None:
         """For operations that allocate what they give. Where that lies on single cores, TT-NN 0.81.1 leaves
@@ -461,7 +465,12 @@ def open_device(device: str | int | None = None) -> Any:
             "card, set TT_METAL_SIMULATOR to simulate one, or use backend='emulated'."
         )
     fast = os.environ.get("TT_METAL_SLOW_DISPATCH_MODE") is None
-    options: dict[str, int] = {"num_command_queues": 2} if fast else {}
+    options: dict[str, Any] = {}
+    if fast:
+        # Where Ethernet cores dispatch, as they do on an n300 by default, ttnn 0.81.1 reports a row of cores
+        # more than its elementwise operations accept.
+        workers = ttnn.DispatchCoreConfig(ttnn.DispatchCoreType.WORKER)
+        options = {"num_command_queues": 2, "dispatch_core_config": workers}
     if fast and not mock:
         options["trace_region_size"] = 32 << 20
     try:

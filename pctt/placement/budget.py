@@ -14,7 +14,7 @@ from pctt.backends.lowering import TILE, CardBuffer, is_reordered, num_programs
 from pctt.backends.precision import BYTES
 from pctt.groups import Layout
 from pctt.placement.chips import CHIPS, Chip, Grid
-from pctt.program import Instruction, Program
+from pctt.program import Instruction, Program, Slot
 
 TILE_BYTES = TILE * TILE * 4
 
@@ -81,16 +81,20 @@ def budget(program: Program, chip: Chip, grid: Grid, rows: int) -> Budget:
     num_cores = grid[0] * grid[1]
     code = dict.fromkeys([*program.training_step(), *program.refresh])
     tensors = [card_buffer(program, name) for name in program.buffers]
+    gathered: dict[Slot, None] = {}
     for number, i in enumerate(code):
         if num_programs(i) == 2:  # what TT-NN allocates is spread over all cores
             out, buffer = i.out[0], card_buffer(program, i.out[0].buffer)
             _, _, home = buffer.name.partition("@")
             name = f"{i.op}_aside {number}@{home}"
             tensors.append(replace(buffer, name=name, first=None, count=out.stop - out.start))
-            source, slot = card_buffer(program, i.inputs[0].buffer), i.inputs[0]
-            if is_reordered(source, slot, grid[0]):
-                name = f"gathered_aside {number}@{home}"
-                tensors.append(replace(source, name=name, first=None, count=out.stop - out.start))
+            gathered[i.inputs[0]] = None
+    for slot in gathered:
+        source = card_buffer(program, slot.buffer)
+        if is_reordered(source, slot, grid[0]):
+            role, _, home = source.name.partition("@")
+            name, count = f"{role} {slot.start} gathered_aside@{home}", slot.stop - slot.start
+            tensors.append(replace(source, name=name, first=None, count=count))
     entries = tuple(Entry(buffer, buffer.bytes_per_core(rows, num_cores)) for buffer in tensors)
     largest = max((circular_buffers(i, program, num_cores, rows) for i in code), default=0)
     return Budget(entries, largest, chip.l1_bytes, _arriving(program, num_cores, rows))
@@ -190,10 +194,16 @@ def refuse_unless_it_fits(program: Program, layout: Layout, chip: Chip, grid: Gr
         if other.excess <= 0
     ]
     advice = " or ".join(remedies) if remedies else "narrower layers, or backend='reference'"
+    num_layers, num_cores = len(layout.net.layers), grid[0] * grid[1]
+    crowded = (
+        f"{num_layers} layers are more than the {num_cores} cores of the {chip.name} can hold one each, and "
+        if num_layers > num_cores
+        else ""
+    )
     raise ValueError(
-        f"the network does not fit the {chip.name}: {found.total:,} bytes of L1 on each core where there "
-        f"are {found.available:,}, {found.excess:,} too many; the largest tensor is {largest.buffer.role} of "
-        f"{name} with {largest.bytes:,} bytes. What would fit: {advice}."
+        f"{crowded}the network does not fit the {chip.name}: {found.total:,} bytes of L1 on each core where "
+        f"there are {found.available:,}, {found.excess:,} too many; the largest tensor is "
+        f"{largest.buffer.role} of {name} with {largest.bytes:,} bytes. What would fit: {advice}."
     )
 
 

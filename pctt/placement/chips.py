@@ -90,7 +90,8 @@ class Chip:
 # the card, asked on 2026-11-24; no card was at hand. Speeds are the makers' or other people's measurements.
 SOURCES: Mapping[str, str] = {
     "grid": "mock: compute_with_storage_grid_size() after open_device(device_id=0). An n150's 72 cores less "
-    "a row for dispatch; an n300 chip's 64, dispatched from Ethernet cores; a Blackhole's 120 less a column",
+    "a row for dispatch; an n300 chip's 64 likewise, opened with dispatch type WORKER as the backend does; a "
+    "Blackhole's 120 less a column",
     "harvested": "mock, with the settings named; core_descriptors/*.yaml in the ttnn wheel; firmware: "
     "release notes of tt-system-firmware 19.5.0, tt-metal issue 47014",
     "l1_bytes": "mock: get_memory_view(device, BufferType.L1).total_bytes_per_bank",
@@ -136,8 +137,9 @@ _N150 = Chip(
 _N300 = replace(
     _N150,
     name="n300",
+    grid=(8, 7),
     harvested=(
-        Variant((8, 7), "dispatch type WORKER"),
+        Variant((8, 8), "dispatch type ETH, ttnn's default, where elementwise operations fail"),
         Variant((7, 8), "dispatch axis COL"),
     ),
 )

@@ -48,8 +48,6 @@ SFPU_INSTRUCTIONS = {
 }
 BINARY_INSTRUCTIONS = 7  # add, subtract, multiply of two fp32 tiles
 ADDCMUL_INSTRUCTIONS = 8
-FILL_INSTRUCTIONS = 2
-TYPECAST_INSTRUCTIONS = 18
 
 # Elementwise operations of the FPU, which takes what is not fp32 on both sides (tt-isa MatrixUnit.md).
 FPU_ELEMENTS_PER_CYCLE = 128
@@ -266,13 +264,12 @@ class CostModel:
             return instructions, TILE * TILE // FPU_ELEMENTS_PER_CYCLE * phases
         if i.op == "addcmul":
             return ADDCMUL_INSTRUCTIONS, 0
+        # All others end in a product with a number, which carries the result to its place.
+        instructions += SFPU_INSTRUCTIONS["multiply"]
         if i.op == "fill":
-            return FILL_INSTRUCTIONS, 0
-        if i.op == "row_sums":  # a product with ones
-            return 0, self.chip.tile_product_cycles(self.fidelity)
-        if i.op == "unary" and not instructions and inputs[0].buffer.format != out.buffer.format:
-            return TYPECAST_INSTRUCTIONS, 0
-        return instructions, 0  # a copy or a transpose only moves
+            instructions += SFPU_INSTRUCTIONS["above_zero"]
+        sums = i.op == "row_sums"  # a product with ones
+        return instructions, self.chip.tile_product_cycles(self.fidelity) if sums else 0
 
 
 @dataclass

@@ -14,6 +14,16 @@ from pctt import DeviceLost, Engine, cli, record
 from pctt.backends import tenstorrent
 from pctt.run import Trainer
 
+NO_CHIP = """
+class DispatchCoreType:
+    WORKER = "worker"
+
+DispatchCoreConfig = str
+
+def open_device(**settings):
+    raise RuntimeError("No chip")
+"""  # a stand-in for ttnn
+
 TINY = """
 [[layers]]
 units = 16
@@ -204,7 +214,7 @@ def test_what_cannot_be_done_exits_1_with_one_sentence(arguments, sentence, caps
         (None, None, None, 'needs ttnn: pip install "pctt[tt]"'),
         (None, None, "", "there is no Tenstorrent device"),
         ("TT_METAL_SIMULATOR", "/nonexistent/libttsim.so", None, "/nonexistent/libttsim.so does not exist"),
-        ("TT_METAL_SIMULATOR", "/", "def open_device(**k): raise RuntimeError('No chip')", "No chip"),
+        ("TT_METAL_SIMULATOR", "/", NO_CHIP, "No chip"),
         ("TT_METAL_MOCK_CLUSTER_DESC_PATH", "/", "", "mock device computes nothing"),
     ],
 )

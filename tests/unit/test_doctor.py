@@ -26,6 +26,8 @@ from types import SimpleNamespace
 
 BufferType = SimpleNamespace(L1="L1")
 MathFidelity = SimpleNamespace(HiFi3=3, HiFi4=4)
+DispatchCoreType = SimpleNamespace(WORKER="worker")
+DispatchCoreConfig = str
 device = SimpleNamespace(get_memory_view=lambda device, kind: SimpleNamespace(total_bytes_per_bank=1234567))
 
 
