@@ -2,27 +2,9 @@
 the tile. A budget that promises too little fails in the middle of a run, on the card only.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
-
-from tools import mock_sfpi
-
-pytestmark = [
-    pytest.mark.mock,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ttnn") is None,
-        reason=f"ttnn is not installed in this Python {sys.version_info.major}.{sys.version_info.minor}; "
-        "it has wheels for 3.10 and 3.12",
-    ),
-]
-
-ROOT = Path(mock_sfpi.__file__).parents[1]
-TIMEOUT_S = 300  # a run takes 10 s on an idle machine
 
 PRELUDE = """
 import sys
@@ -110,24 +92,10 @@ assert tried == {"exact", "exact elementwise"}, tried
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("budget")
-
-
-def run_on(folder: Path, chip: str, widths: tuple[int, ...], rows: int, script: str) -> None:
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("TT_", "TTNN_"))}
+def run_on(mock_cards: Any, chip: str, widths: tuple[int, ...], rows: int, script: str) -> None:
     prelude = PRELUDE.replace("WIDTHS", repr(widths)).replace("ROWS", repr(rows))
-    result = subprocess.run(
-        [sys.executable, "-c", f"{prelude}{script}\nprint('done')\ntenstorrent.close_devices()"],
-        cwd=ROOT,
-        env={**own, **mock_sfpi.environment(folder, chip)},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode == 0 and "done" in result.stdout.splitlines(), output[-4000:]
+    whole = f"{prelude}{script}\nprint('done')\ntenstorrent.close_devices()"
+    assert "done" in mock_cards.run(chip, "-c", whole).splitlines()
 
 
 CASES = [
@@ -140,15 +108,15 @@ CASES = [
 
 @pytest.mark.parametrize(("chip", "widths", "rows"), CASES)
 def test_the_allocator_reports_the_bytes_of_the_budget(
-    folder: Path, chip: str, widths: tuple[int, ...], rows: int
+    mock_cards: Any, chip: str, widths: tuple[int, ...], rows: int
 ) -> None:
     """After each of three batches, tensors equal; what fragments L1 stays within what is reserved for it."""
-    run_on(folder, chip, widths, rows, TENSORS)
+    run_on(mock_cards, chip, widths, rows, TENSORS)
 
 
 @pytest.mark.parametrize(("chip", "widths", "rows"), CASES[:2])
 def test_operations_run_in_the_room_that_the_budget_gives_their_circular_buffers(
-    folder: Path, chip: str, widths: tuple[int, ...], rows: int
+    mock_cards: Any, chip: str, widths: tuple[int, ...], rows: int
 ) -> None:
     """Every operation runs with it; products and addcmul are refused with one tile less."""
-    run_on(folder, chip, widths, rows, CIRCULAR_BUFFERS)
+    run_on(mock_cards, chip, widths, rows, CIRCULAR_BUFFERS)

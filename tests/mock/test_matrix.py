@@ -7,15 +7,10 @@ ttnn did: python test_matrix.py CARD, under the variables of tools/mock_sfpi.py,
 from __future__ import annotations
 
 import gc
-import importlib.util
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,18 +22,8 @@ from pctt.energies import Gaussian
 from pctt.network import Network
 from tools import mock_sfpi
 
-pytestmark = [
-    pytest.mark.mock,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ttnn") is None,
-        reason=f"ttnn is not installed in this Python {sys.version_info.major}.{sys.version_info.minor}; "
-        "it has wheels for 3.10 and 3.12",
-    ),
-]
+pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 1200  # a card takes about a minute on an idle machine
 
 FACTORS: dict[str, list[Any]] = {
     # Not multiples of a tile's 32; one tile; more layers than a row of the grid has cores; wide ones, which
@@ -281,23 +266,12 @@ Found = dict[str, dict[str, Any]]
     scope="module",
     params=[pytest.param(chip, marks=pytest.mark.xdist_group(f"mock {chip}")) for chip in mock_sfpi.CARDS],
 )
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(request: pytest.FixtureRequest, mock_cards: Any) -> Found:
     """What `run_case` found for each case, by name, on one mock card."""
-    folder = tmp_path_factory.mktemp("mock_sfpi")
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("TT_", "TTNN_"))}
-    result = subprocess.run(
-        [sys.executable, __file__],
-        cwd=folder,
-        env={**own, **mock_sfpi.environment(folder, request.param), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"case"')]
+    printed = mock_cards.run(request.param, __file__)
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"case"')]
     rows = {line.pop("case"): line for line in lines}
-    assert result.returncode == 0 and len(rows) == len(cases()), (
-        f"exit status {result.returncode} after {len(rows)} cases\n{(result.stdout + result.stderr)[-4000:]}"
-    )
+    assert len(rows) == len(cases()), printed[-4000:]
     return rows
 
 

@@ -1,29 +1,13 @@
 """ttnn on its mock device: a device of the expected size opens, refuses what does not fit, compiles once.
 
 What tools/mock_sfpi.py writes is on trial here, and that ttnn behaves as the Tenstorrent backend counts on.
-Each test runs a process of its own, because ttnn reads its settings at import.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tools import mock_sfpi
-
-pytestmark = [
-    pytest.mark.mock,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ttnn") is None,
-        reason=f"ttnn is not installed in this Python {sys.version_info.major}.{sys.version_info.minor}; "
-        "it has wheels for 3.10 and 3.12",
-    ),
-]
-
-TIMEOUT_S = 300  # a run takes 3 s on an idle machine
 
 PRELUDE = """
 import ttnn
@@ -64,25 +48,9 @@ print("done")
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("mock_sfpi")
-
-
-def run_on(folder: Path, chip: str, script: str) -> None:
+def run_on(mock_cards: Any, chip: str, script: str) -> None:
     """Runs `script` between opening and closing a mock `chip`; fails unless it reaches its end."""
-    # Nothing that a shell has set for a simulator or a card.
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("TT_", "TTNN_"))}
-    result = subprocess.run(
-        [sys.executable, "-c", PRELUDE + script + POSTLUDE],
-        cwd=folder,
-        env={**own, **mock_sfpi.environment(folder, chip)},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode == 0 and "done" in result.stdout.splitlines(), output[-4000:]
+    assert "done" in mock_cards.run(chip, "-c", PRELUDE + script + POSTLUDE).splitlines()
 
 
 # Grids: all rows or columns of cores that are not switched off, less those that ttnn keeps for dispatch
@@ -97,7 +65,7 @@ def run_on(folder: Path, chip: str, script: str) -> None:
     ],
 )
 def test_the_device_has_the_grid_and_the_memory_of_the_card(
-    folder: Path, chip: str, arch: str, grid: tuple[int, int], l1_bytes: int
+    mock_cards: Any, chip: str, arch: str, grid: tuple[int, int], l1_bytes: int
 ) -> None:
     """A descriptor that says something else would let plans pass that do not fit the card."""
     script = f"""
@@ -107,11 +75,11 @@ assert (size.x, size.y) == {grid}, size
 view = ttnn.device.get_memory_view(device, L1)
 assert (view.total_bytes_per_bank, view.num_banks) == ({l1_bytes}, {grid[0] * grid[1]})
 """
-    run_on(folder, chip, script)
+    run_on(mock_cards, chip, script)
 
 
 @pytest.mark.parametrize("chip", ["n150", "p150"])
-def test_sharded_operations_build_once_and_stay_in_l1(folder: Path, chip: str) -> None:
+def test_sharded_operations_build_once_and_stay_in_l1(mock_cards: Any, chip: str) -> None:
     """One layer per core: its shard's bytes on each, the product where its left operand lies, built once.
 
     The kernels must be the stand-in's: with a real compiler found elsewhere this would pass too, much slower,
@@ -146,13 +114,13 @@ message = refused(lambda: ttnn.tanh(activities))
 assert "program cache miss occurred, but cache misses are forbidden" in message, message
 assert float(ttnn.to_torch(activities).abs().sum()) == 0, "the mock device keeps numbers now"
 """
-    run_on(folder, chip, script)
-    kernels = list((folder / "cache" / chip).glob("*/kernels/**/brisc.elf"))
+    run_on(mock_cards, chip, script)
+    kernels = list((mock_cards.folder / "cache" / chip).glob("*/kernels/**/brisc.elf"))
     assert kernels and all(kernel.read_bytes() == mock_sfpi.kernel_elf() for kernel in kernels)
 
 
 @pytest.mark.parametrize(("chip", "l1_bytes"), [("n150", 1_393_312), ("p150", 1_461_120)])
-def test_more_than_l1_is_refused(folder: Path, chip: str, l1_bytes: int) -> None:
+def test_more_than_l1_is_refused(mock_cards: Any, chip: str, l1_bytes: int) -> None:
     """A 1024x1024 shard of bfloat16 takes 2 MiB of its core, which has less; of 512x512, two fit.
 
     A third is refused even on the idle core beside: a shard on one core takes its addresses on all of them.
@@ -164,4 +132,4 @@ kept = [ones(1, 512, 512), ones(1, 512, 512)]
 message = refused(lambda: ones(1, 512, 512, first=1))
 assert "Out of Memory" in message, message
 """
-    run_on(folder, chip, script)
+    run_on(mock_cards, chip, script)
