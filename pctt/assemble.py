@@ -14,22 +14,30 @@ of a clamped input is computed once.
 
 An inference step updates every free node from the errors of the step before (Jacobi), then recomputes the
 errors, so that errors always belong to the activities they stand beside. Nodes that no error has reached yet
-are left out: their update is exactly zero.
+are left out: their update is exactly zero. The other kinds of step differ in what moves and in which order:
+
+    gauss_seidel   nodes move from the output down, each from errors that its children's moves have changed
+    errors         one sweep down carries dE/dx, each e_l moves along dE/de_l = P e_l - that, one sweep up
+                   gives the deviations d_l = e_l + r_l
+    every_step     activities and weights move from the same errors; then all anchors are computed anew, from
+                   the activities as they are now, so that e_l = x_l - p_l. In a uniform program anchors stay,
+                   and the drives take up what the weights' change makes of them, q_l += x0_{l-1} dW + db: a
+                   product more, but none that mixes small with large
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
-from pctt.activations import activation
 from pctt.energies import Categorical, Gaussian
 from pctt.groups import Layout
+from pctt.inference import steps
 from pctt.inference.dynamics import DYNAMICS
 from pctt.inference.settings import Inference
+from pctt.learning import gradients as learning_steps
 from pctt.learning.rules import Learning
-from pctt.network import Network
-from pctt.program import Buffer, Instruction, Program, Slot, coalesce
+from pctt.program import NUDGE, Instruction, Program, coalesce, without_repeats
+from pctt.state import AbstractState
 
 
 def assemble(
@@ -42,152 +50,187 @@ def assemble(
 ) -> Program:
     """The program for one choice of clamped nodes.
 
-    clamped: indices of nodes held at data.
+    clamped: indices of nodes held at data; with a nudge the output's data are its target.
     placed: indices of free nodes that start at given activities instead of at their predictions.
     learning: the rule that `update` applies; without one `update` is empty.
     uniform: every inference step serves every layer, also those no error has reached yet, whose update is
         zero. For machines on which all layers run at once and a second kind of step costs more than it saves.
+
+    Raises ValueError where the settings do not fit the network or the clamped nodes.
     """
-    uniform = uniform and inference.num_steps > 0
+    if layout.backward is not None:
+        from pctt.bidirectional import assemble_pair  # which is made of the assemblers of this module
+
+        return assemble_pair(layout, inference, frozenset(clamped), frozenset(placed), learning)
     return Assembler(layout, inference, frozenset(clamped), frozenset(placed), uniform).program(learning)
 
 
-@dataclass
-class _Reach:
-    """What the errors have reached: nodes that have left their anchors, nodes whose error may differ from
-    zero.
-    """
-
-    moved: frozenset[int]
-    charged: frozenset[int]
-
-
-class Assembler:
+class Assembler(AbstractState):
     """Collects instructions; the rules of layers, dynamics and learning write theirs through it."""
-
-    def __init__(
-        self,
-        layout: Layout,
-        inference: Inference,
-        clamped: frozenset[int],
-        placed: frozenset[int],
-        uniform: bool = False,
-    ) -> None:
-        self.layout = layout
-        self.net: Network = layout.net
-        self.inference = inference
-        self.clamped = clamped
-        self.given = clamped | placed | {0}
-        self.free = frozenset(range(len(self.net.nodes))) - clamped
-        self.buffers: dict[str, Buffer] = {}
-        self.code: list[Instruction] = []
-        self.uniform = uniform
-        self.reach = _Reach(frozenset(), frozenset(i for i in self.given if i and not self.floats(i)))
-        if uniform:
-            sinks = [i for i in range(1, len(self.net.nodes)) if not self.floats(i)]
-            self.reach = _Reach(frozenset(i for i in self.free if not self.floats(i)), frozenset(sinks))
 
     # --- the program ----------------------------------------------------------------------------------------
 
     def program(self, learning: Learning | None) -> Program:
-        initialise = self._section(self._initialise)
-        measure_initial = self._section(lambda: self._measure("initial_"))
-        steps: list[tuple[Instruction, ...]] = []
-        for _ in range(self.inference.num_steps):
-            before = self.reach
-            steps.append(self._section(self._step))
-            if self.reach == before:  # every later step is this one
-                break
-        finish = self._section(self._finish)
-        measure = self._section(self._measure)
-        gradients = self._section(self._gradients)
-        update = self._section(lambda: learning.write(self) if learning else None)
+        if self.inference.weights_at == "every_step" and learning is None:
+            raise ValueError(
+                "weights_at='every_step' changes weights during inference, so it needs a learning rule; "
+                "use a Trainer, or weights_at='end'."
+            )
+        self.learning = learning
+        initialise = self._section(self.write_initialise)
+        measure_initial = self._section(lambda: self.write_measure("initial_"))
+        distinct, walk = self._walk()
+        finish = self._section(lambda: steps.finish(self))
+        measure = self._section(self.write_measure)
+        gradients = self._section(self._final_gradients)
+        pair = self.nudge is not None and self.nudge.sign == "centred"
+        keep = self._section(lambda: learning_steps.keep(self)) if pair else ()
+        combine = self._section(lambda: learning_steps.combine(self)) if pair else ()
+        learns_at_end = learning is not None and self.inference.weights_at != "every_step"
+        update = self._section(lambda: learning_steps.update(self)) if learns_at_end else ()
+        sweep = self._section(self.write_sweep) if self.inference.initial != "feedforward" else ()
         return Program(
             self.buffers,
             initialise,
             measure_initial,
-            tuple(steps),
+            distinct,
             finish,
             measure,
             gradients,
             update,
-            self.inference.num_steps,
+            walk,
+            tuple(self.initial_activity(index) for index in range(len(self.net.nodes))),
+            tuple(
+                self.node("activity", index) if index in self.free else self.initial_activity(index)
+                for index in range(len(self.net.nodes))
+            ),
+            sweep=sweep,
+            keep=keep,
+            combine=combine,
         )
 
     def _section(self, write: Callable[[], None]) -> tuple[Instruction, ...]:
         self.code = []
         write()
-        return coalesce(self.code)
+        return coalesce(without_repeats(self.code))
 
-    def _initialise(self) -> None:
-        self.initial_activity(0)
-        for index in self._layers():
+    def _walk(self) -> tuple[tuple[tuple[Instruction, ...], ...], tuple[int, ...]]:
+        """The inference steps that differ, and which of them each one is."""
+        distinct: list[tuple[Instruction, ...]] = []
+        walk: list[int] = []
+        settled = False  # whether every later step is this one
+        num_steps = self.inference.num_steps
+        if self.inference.weights_at == "staircase":
+            num_steps = min(num_steps, self.last - 1)  # by then all gradients are taken
+        for self.time in range(num_steps):
+            before = self.reach, frozenset(self.visited)
+            if not settled:
+                step = self._section(self._step)
+                if not distinct or step != distinct[-1]:
+                    distinct.append(step)
+            walk.append(len(distinct) - 1)
+            to_come = {"staircase": self.last}.get(self.inference.weights_at, 0)
+            to_come = max(to_come, self.inference.burn_in)
+            settled = before == (self.reach, frozenset(self.visited)) and self.time >= to_come
+        self.time = num_steps
+        return tuple(distinct), tuple(walk)
+
+    def write_initialise(self) -> None:
+        start = self.initial_activity(0)
+        if self.incremental and 0 in self.free - self.placed:
+            self.emit("fill", start, scale=0.0)  # the batch before has moved it
+        for index in sorted(self.started):
+            if self.inference.initial == "zeros":
+                self.emit("fill", self.node("initial", index), scale=0.0)
+            if self.inference.initial == "carried":
+                self.copy(self.node("initial", index), self.node("activity", index))
+        for index in self.indices:
             self.net.layers[index - 1].anchor(self, index)
+            if index in self.started and self.inference.initial == "feedforward":
+                self.copy(self.node("initial", index), self.anchor(index))
+            if self.nudge is not None and index == self.last:
+                pull = self.add(
+                    self.node("pull", index), self.node("target", index), self.anchor(index), -1.0
+                )
+                if index in self.clamped:
+                    self.add(self.node("initial", index), self.anchor(index), pull, 1.0, NUDGE)
+        if self.incremental:
+            steps.anchor_errors(self)
+        if self.drifting:
+            for index in self.indices:
+                if self.drift(index) != self.node("anchor_drive", index):
+                    self.emit("fill", self.drift(index), scale=0.0)
         for index in range(len(self.net.nodes)):
-            deviation = self.node("deviation", index)
-            if index in self.given and index >= 1:
-                self.add(deviation, self.initial_activity(index), self.anchor(index), scale=-1.0)
-                self._set_error(index, self.copy(self.node("error", index), deviation))
-            else:
-                self.emit("fill", deviation, scale=0.0)
-                if index >= 1:
-                    self._set_error(index, self.emit("fill", self.node("error", index), scale=0.0))
+            if not self.incremental:
+                self._begin_node(index)
             for role in DYNAMICS[self.inference.dynamics].state:
                 self.emit("fill", self.node(role, index), scale=0.0)
-        if self.uniform:  # the first step, too, then finds drives and sources where the later ones do
-            self._predict()
+        for role in DYNAMICS[self.inference.dynamics].samples:
+            self.emit("fill", self.sample(role), scale=1.0)
+        if self.inference.is_random:
+            learning_steps.begin_samples(self)
+        if self.uniform and not self.incremental:
+            steps.predict(self)  # the first step, too, then finds drives and sources where the later ones do
+
+    def write_sweep(self) -> None:
+        """Predictions from the input alone."""
+        plain = Assembler(self.layout, Inference(num_steps=0), frozenset({0}), frozenset())
+        plain.buffers, plain.code = self.buffers, self.code
+        for index in self.indices:
+            self.net.layers[index - 1].anchor(plain, index)
+
+    def _begin_node(self, index: int) -> None:
+        deviation = self.node("deviation", index)
+        if index in self.given and index >= 1:
+            self.add(deviation, self.initial_activity(index), self.anchor(index), scale=-1.0)
+            self.set_error(index, self.copy(self.node("error", index), deviation))
+        else:
+            self.emit("fill", deviation, scale=0.0)
+            if index >= 1:
+                self.set_error(index, self.emit("fill", self.node("error", index), scale=0.0))
+
+    # --- inference steps ------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        moved, charged = self.reach.moved, self.reach.charged
-        move = DYNAMICS[self.inference.dynamics].move
-        reached: set[int] = set()
-        for index in sorted(self.free):
-            children = [child for child in (index + 1,) if child in charged]
-            if not self.floats(index) and (index in charged or children):
-                move(self, index, index in charged, children)
-                reached.add(index)
-        moved = moved | reached
-        predicted = {index + 1 for index in moved} if self.inference.prediction == "live" else set()
-        charged = charged | {
-            index for index in reached | predicted if index in self._layers() and not self.floats(index)
-        }
-        self.reach = _Reach(moved, charged)
-        self._predict()
+        if self.inference.weights_at == "staircase" and self.time < self.last:
+            learning_steps.gradient_at_anchor(self, self.last - self.time)
+        if self.drifting:
+            steps.finish(self)
+        if self.drifting or self.incremental:
+            learning_steps.gradients(self)
+        rule, moving = DYNAMICS[self.inference.dynamics], self.moving()
+        in_errors = self.inference.variables == "errors"
+        move = steps.in_errors if in_errors else steps.SWEEPS[self.inference.sweep]
+        for stage in rule.stages:
+            move(self, stage, moving)
+            if stage is rule.stages[-1] and rule.accept is not None:
+                rule.accept(self, moving)
+            if self.drifting or self.incremental:
+                learning_steps.update(self)
+            if self.incremental:
+                steps.anchor_anew(self)
+                continue
+            if self.drifting:
+                steps.take_up_drift(self)
+            steps.follow(self, moving)
+        if self.inference.is_random and self.time >= self.inference.burn_in:
+            steps.finish(self)
+            learning_steps.add_sample(self)
 
-    def _predict(self) -> None:
-        """The errors that belong to the deviations as they are now."""
-        for index in self._layers():
-            if self._recomputed(index) and not self.floats(index):
-                self.net.layers[index - 1].predict(self, index)
-                self._set_error(index, self.node("error", index))
-            elif index in self.reach.moved:
-                self._set_error(index, self.copy(self.node("error", index), self.node("deviation", index)))
-
-    def _finish(self) -> None:
-        """The activities of the free nodes, for whoever reads the state and for the gradients."""
-        for index in sorted(self.free):
-            if not self.floats(index):
-                self.add(self.node("activity", index), self.anchor(index), self.node("deviation", index))
-        last = len(self.net.layers)
-        if self.floats(last):
-            recomputed = self._recomputed(last)
-            prediction = self.net.layers[-1].predict(self, last) if recomputed else self.anchor(last)
-            self.copy(self.node("activity", last), prediction)
-
-    def _measure(self, when: str = "") -> None:
+    def write_measure(self, when: str = "") -> None:
         """Sums over batch and units: e'e, and the data-dependent part of the energy where that is another
         sum, per layer.
         """
-        for index in self._layers():
+        for index in self.indices:
             energy, error = self.net.layers[index - 1].energy, self.node("error", index)
-            square, charged = self._sum(f"{when}square", index), index in self.reach.charged
+            square, charged = self.sum(f"{when}square", index), index in self.reach.charged
             if charged:
                 self.emit("inner", square, error, error)
             else:
                 self.emit("fill", square, scale=0.0)
             if isinstance(energy, Gaussian) and energy.is_unit:
                 continue
-            own = self._sum(f"{when}energy", index)
+            own = self.sum(f"{when}energy", index)
             if not charged:
                 self.emit("fill", own, scale=0.0)
             elif isinstance(energy, Categorical):
@@ -196,161 +239,18 @@ class Assembler:
             else:
                 self.emit("inner", own, error, self.weighted_error(index))
 
-    def _gradients(self) -> None:
-        for index in self._layers():
-            layer = self.net.layers[index - 1]
-            if index in self.reach.charged:
-                self._set_error(index, self.node("error", index))  # they may have been written from outside
-                layer.gradient(self, index)
-            else:
-                self.emit("fill", self.layer("weight_gradient", index), scale=0.0)
-                if layer.bias:
-                    self.emit("fill", self.layer("bias_gradient", index), scale=0.0)
+    # --- weight gradients -----------------------------------------------------------------------------------
 
-    def _layers(self) -> range:
-        return range(1, len(self.net.layers) + 1)
+    def _final_gradients(self) -> None:
+        """What the gradients are after the last inference step."""
+        if self.incremental or self.drifting:
+            return  # the weights have moved already
+        if self.inference.is_random and self.time > self.inference.burn_in:
+            learning_steps.end_samples(self)
+            return
+        if self.inference.weights_at != "staircase":
+            learning_steps.gradients(self)
+        elif self.time < self.last:
+            learning_steps.gradient_at_anchor(self, self.last - self.time)
 
-    def _recomputed(self, index: int) -> bool:
-        """Whether the prediction of layer `index` differs from its anchor."""
-        return (
-            self.inference.prediction == "live" and index in self._layers() and index - 1 in self.reach.moved
-        )
-
-    def _set_error(self, index: int, error: Slot) -> None:
-        """Called wherever an error has been written: its weighted form follows it."""
-        energy = self.net.layers[index - 1].energy
-        if isinstance(energy, Gaussian) and not energy.is_unit:
-            self.emit("multiply", self.node("weighted_error", index), error, self._precision(index))
-
-    # --- slots ----------------------------------------------------------------------------------------------
-
-    def node(self, role: str, index: int) -> Slot:
-        """A tensor of node `index`, [batch, units]."""
-        slot, buffer = self.layout.node(role, index)
-        self.buffers[buffer.name] = buffer
-        return slot
-
-    def layer(self, role: str, index: int) -> Slot:
-        """A tensor of layer `index`, [in, out] or for a bias [out]."""
-        slot, buffer = self.layout.layer(role, index)
-        self.buffers[buffer.name] = buffer
-        return slot
-
-    def _sum(self, role: str, index: int) -> Slot:
-        slot, buffer = self.layout.sum(role, index)
-        self.buffers[buffer.name] = buffer
-        return slot
-
-    def _precision(self, index: int) -> Slot:
-        name = f"precision@{index}"
-        self.buffers[name] = Buffer(name, 1, 1, self.net.widths[index])
-        return Slot(name, 0, 1)
-
-    def floats(self, index: int) -> bool:
-        """A free categorical node follows its prediction, the minimiser of KL(x || mu) over distributions:
-        its error is 0.
-        """
-        return (
-            index in self.free and index >= 1 and isinstance(self.net.layers[index - 1].energy, Categorical)
-        )
-
-    def initial_activity(self, index: int) -> Slot:
-        return self.node("initial", index) if index in self.given else self.anchor(index)
-
-    def anchor(self, index: int) -> Slot:
-        """The prediction from the initial activities; node 0, which nothing predicts, is its own."""
-        return self.node("anchor", index) if index else self.node("initial", 0)
-
-    def change(self, index: int) -> Slot:
-        """x - x0 of node `index`: its deviation, unless it is free and started elsewhere than at p."""
-        if index not in self.given or index == 0:
-            return self.node("deviation", index)
-        activity = self.add(self.node("activity", index), self.anchor(index), self.node("deviation", index))
-        return self.add(self.node("change", index), activity, self.initial_activity(index), scale=-1.0)
-
-    def prediction(self, index: int) -> Slot:
-        """f_out(z), in the place of z where nothing needs z any more."""
-        function = activation(self.net.layers[index - 1].output_function)
-        needs_drive = function.needs_drive or isinstance(self.net.layers[index - 1].energy, Categorical)
-        return self.node("prediction" if needs_drive else "drive", index)
-
-    def final_activity(self, index: int) -> Slot:
-        """What the weight gradients see: for fixed predictions the activities these were computed from."""
-        if index in self.clamped or self.inference.prediction == "fixed":
-            return self.initial_activity(index)
-        return self.node("activity", index)
-
-    def weighted_error(self, index: int) -> Slot:
-        energy = self.net.layers[index - 1].energy
-        weighted = isinstance(energy, Gaussian) and not energy.is_unit
-        return self.node("weighted_error" if weighted else "error", index)
-
-    def drive_and_prediction(self, index: int) -> tuple[Slot, Slot]:
-        """z and mu of layer `index`, wherever their current values stand."""
-        if self._recomputed(index):
-            return self.node("drive", index), self.prediction(index)
-        return self.node("anchor_drive", index), self.anchor(index)
-
-    def activity_and_source(self, index: int) -> tuple[Slot, Slot]:
-        """x and f_in(x) of node `index` as the source of the layer above, wherever their current values
-        stand.
-        """
-        if self._recomputed(index + 1):
-            return self.node("activity", index), self.node("source", index)
-        return self.initial_activity(index), self.node("anchor_source", index)
-
-    # --- instructions ---------------------------------------------------------------------------------------
-
-    def emit(
-        self,
-        op: str,
-        out: Slot,
-        *inputs: Slot,
-        scale: float = 1.0,
-        scalar: str | None = None,
-        function: str | None = None,
-    ) -> Slot:
-        self.code.append(Instruction(op, (out,), inputs, scale, scalar, function))
-        return out
-
-    def copy(self, out: Slot, a: Slot) -> Slot:
-        return self.emit("copy", out, a)
-
-    def add(self, out: Slot, a: Slot, b: Slot, scale: float = 1.0, scalar: str | None = None) -> Slot:
-        return self.emit("add", out, a, b, scale=scale, scalar=scalar)
-
-    def activate(self, out: Slot, a: Slot, function: str) -> Slot:
-        return self.emit("activate", out, a, function=function)
-
-    def derivative(self, out: Slot, v: Slot, drive: Slot, value: Slot, function: str) -> Slot:
-        return self.emit("derivative", out, v, drive, value, function=function)
-
-    def product(
-        self,
-        out: Slot,
-        a: Slot,
-        weight: Slot,
-        addend: Slot | None,
-        scale: float = 1.0,
-        scalar: str | None = None,
-    ) -> Slot:
-        addends = () if addend is None else (addend,)
-        return self.emit("product", out, a, weight, *addends, scale=scale, scalar=scalar)
-
-    def product_transposed(
-        self,
-        out: Slot,
-        a: Slot,
-        weight: Slot,
-        addend: Slot | None = None,
-        scale: float = 1.0,
-        scalar: str | None = None,
-    ) -> Slot:
-        addends = () if addend is None else (addend,)
-        return self.emit("product_transposed", out, a, weight, *addends, scale=scale, scalar=scalar)
-
-    def outer(self, out: Slot, a: Slot, b: Slot, scale: float, scalar: str) -> Slot:
-        return self.emit("outer", out, a, b, scale=scale, scalar=scalar)
-
-    def column_sum(self, out: Slot, a: Slot, scale: float, scalar: str) -> Slot:
-        return self.emit("column_sum", out, a, scale=scale, scalar=scalar)
+    # --- what the rules ask for -----------------------------------------------------------------------------

@@ -37,10 +37,12 @@ def forward(net: Network, weights: Weights, inputs: Tensor) -> list[Tensor]:
         source = activities[-1]
         function = FUNCTIONS[layer.activation]
         drive = (function(source) if layer.activate == "input" else source) @ weights[name]["weight"]
+        drive = layer.scale * drive
         if layer.bias:
             drive = drive + weights[name]["bias"]
         is_logits = isinstance(layer.energy, Categorical) or layer.activate == "input"
-        activities.append(drive if is_logits else function(drive))
+        prediction = drive if is_logits else function(drive)
+        activities.append(prediction + source if layer.skip else prediction)
     return activities
 
 
@@ -53,7 +55,9 @@ def loss(net: Network, output: Tensor, targets: Tensor) -> Tensor:
         entropy = -torch.xlogy(targets, targets).sum(-1)
         return functional.cross_entropy(output, targets, reduction="none") - entropy
     precision = torch.tensor(energy.precision, dtype=output.dtype, device=output.device)
-    return 0.5 * ((precision * (targets - output) ** 2).sum(-1) - energy.log_determinant(output.shape[-1]))
+    error = targets - output
+    weighted = error @ precision if energy.is_full else precision * error
+    return 0.5 * ((weighted * error).sum(-1) - energy.log_determinant(output.shape[-1]))
 
 
 def gradients(net: Network, weights: Weights, inputs: Tensor, targets: Tensor) -> tuple[Weights, float]:

@@ -30,6 +30,7 @@ from pctt.presets import PRESETS
 from pctt.report import CURVES, Reporter, described, draw, print_json, say_error
 from pctt.run import CHECKPOINT, FitResult, Trainer
 from pctt.run import load as load_run
+from pctt.variants import VARIANTS
 
 OK, FAILED, USAGE = 0, 1, 2
 CONFIG = "config.json"
@@ -73,6 +74,7 @@ def train(
     data: str | None = None,
     data_dir: str | None = None,
     algorithm: str | None = None,
+    variant: str | None = None,
     backend: str | None = None,
     device: str | None = None,
     epochs: int | None = None,
@@ -91,6 +93,8 @@ def train(
         data: Data set to use instead of the configured one: digits, mnist, fashion_mnist.
         data_dir: Folder of the data files; else the environment variable PCTT_DATA.
         algorithm: pc, or backprop for the same network trained by backpropagation.
+        variant: Settings of inference by name: pc, fixed, exact, zil, ipc, epc, gauss-seidel, nudge+, nudge-,
+            nudge+-, ep, momentum, adam, heun, langevin, boosted; --set overrides them.
         backend: Where to run: reference (torch), emulated (a card, on the CPU) or tenstorrent.
         device: For reference a torch device such as cuda:0, for emulated a chip such as n150, for tenstorrent
             the number of a card.
@@ -108,6 +112,7 @@ def train(
         {
             "data.name": data,
             "data.data_dir": data_dir,
+            **_variant_settings(variant),
             "training.algorithm": algorithm,
             "training.backend": backend,
             "training.device": device,
@@ -129,6 +134,14 @@ def train(
         _write_configuration(folder / CONFIG, config)
         trainer.save(folder)
     return _train(config, dataset, trainer, folder, report, is_new)
+
+
+def _variant_settings(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    if name not in VARIANTS:
+        raise UsageError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}.")
+    return {f"inference.{key}": to_dict(value) for key, value in VARIANTS[name].settings.items()}
 
 
 def _train(

@@ -24,6 +24,7 @@ from pctt.layers import Dense
 from pctt.learning import SGD, Adam, AdamW, Constant, Learning, WarmupCosine
 from pctt.network import Network, chain
 from pctt.placement.chips import CHIPS
+from pctt.scaling import mupc
 
 KINDS: dict[str, type] = {
     "gaussian": Gaussian,
@@ -109,6 +110,8 @@ class RunConfig:
     """Everything that decides a run.
 
     layers: of the chain; its input is as wide as the data.
+    backward: layers of a chain down, from the output to the input.
+    scaling: "standard", or "mupc" for the scales of `pctt.mupc`, which go with weights from N(0, 1).
     precision: formats on a card; None for its defaults, and on the reference backend, which has none.
     """
 
@@ -118,11 +121,20 @@ class RunConfig:
     learning: Learning = field(default_factory=Adam)
     init: InitConfig = field(default_factory=InitConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    backward: tuple[Dense, ...] = ()
+    scaling: str = "standard"
     precision: PrecisionPolicy | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("layers must name at least one layer.")
+        require_one_of("scaling", self.scaling, ("standard", "mupc"))
+        if self.scaling == "mupc" and (self.init.scheme, self.init.gain) != ("normal", 1.0):
+            raise ValueError(
+                f"scaling='mupc' and init.scheme={self.init.scheme!r} with gain {self.init.gain} contradict "
+                "each other: its scales are for weights from N(0, 1); set init.scheme = 'normal' and "
+                "init.gain = 1.0."
+            )
         if self.precision is not None and self.training.backend == "reference":
             raise ValueError(
                 "precision has no effect on the reference backend, which computes in the dtype of the "
@@ -130,7 +142,8 @@ class RunConfig:
             )
 
     def network(self, num_inputs: int) -> Network:
-        return chain(num_inputs, self.layers)
+        net = chain(num_inputs, self.layers, self.backward)
+        return mupc(net) if self.scaling == "mupc" else net
 
 
 def read_toml(path: Path) -> RunConfig:
@@ -193,7 +206,10 @@ def _from_union(choices: tuple[Any, ...], values: Any, place: str) -> Any:
     if not tables:
         scalars = [choice for choice in choices if choice is not types.NoneType]
         lists = [choice for choice in scalars if get_origin(choice) is tuple]
-        return from_dict(lists[0] if lists and isinstance(values, list) else scalars[0], values, place)
+        if lists and isinstance(values, list):  # the flat ones come before the nested ones
+            nested = bool(values) and isinstance(values[0], list)
+            return from_dict(lists[-1] if nested else lists[0], values, place)
+        return from_dict(scalars[0], values, place)
     if len(tables) == 1:
         return _from_table(tables[0], values, place)
     names = [NAMES[choice] for choice in tables if isinstance(choice, type)]

@@ -12,32 +12,93 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pctt._checks import require_finite_positive
+import torch
+from torch import Tensor
+
+from pctt._checks import require_between, require_finite_positive, require_one_of
+
+VARIANCE_FLOOR = 1e-6
+"""Least learned variance: of an error that is 0 in every sample it would be 0."""
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Squared error with a fixed precision (inverse variance, above 0): one number, or one per unit."""
+    """Squared error, weighted by a precision P (inverse variance).
 
-    precision: float | tuple[float, ...] = 1.0
+    precision: one number above 0, one per unit, or a symmetric positive definite matrix [units][units].
+    learned: None keeps it; "diagonal" learns a variance per unit, "scalar" one for all units. A learned
+        variance stands beside the weights, as `variance` [units], and moves with every learning step towards
+        the mean square of the errors, where dF/dvariance = 0: v <- v + adaptation (mean_B e^2 - v). It begins
+        at 1 / precision.
+    adaptation: in (0, 1], of learned variances.
+    """
+
+    precision: float | tuple[float, ...] | tuple[tuple[float, ...], ...] = 1.0
+    learned: str | None = None
+    adaptation: float = 0.01
 
     def __post_init__(self) -> None:
         if isinstance(self.precision, list):  # as it comes out of TOML or JSON
             object.__setattr__(self, "precision", tuple(self.precision))
+        if isinstance(self.precision, tuple):
+            rows = tuple(tuple(row) if isinstance(row, list) else row for row in self.precision)
+            object.__setattr__(self, "precision", rows)
         values = self.precision if isinstance(self.precision, tuple) else (self.precision,)
         if not values:
             raise ValueError("precision must be a number or one number per unit, got an empty tuple.")
+        if self.learned is not None:
+            require_one_of("learned", self.learned, ("scalar", "diagonal"))
+        require_between("adaptation", self.adaptation, 0.0, 1.0 + 1e-12)
+        if self.adaptation == 0.0:
+            raise ValueError("adaptation must be above 0; leave `learned` out to keep the precision.")
+        if self.is_full:
+            self._check_matrix()
+            return
         for value in values:
-            require_finite_positive("precision", value)
+            require_finite_positive("precision", value)  # pyright: ignore[reportArgumentType]
+        if self.learned == "scalar" and isinstance(self.precision, tuple):
+            raise ValueError("learned='scalar' starts from one precision, got one per unit; give one number.")
+
+    def _check_matrix(self) -> None:
+        assert isinstance(self.precision, tuple)
+        if self.learned is not None:
+            raise ValueError("a full precision is not learned; use learned='diagonal' with numbers.")
+        lengths = {len(row) if isinstance(row, tuple) else 0 for row in self.precision}
+        if lengths != {len(self.precision)}:
+            raise ValueError(
+                f"a full precision must be a square matrix, got {len(self.precision)} rows of lengths "
+                f"{sorted(lengths)}."
+            )
+        matrix = torch.tensor(self.precision, dtype=torch.float64)
+        if not torch.equal(matrix, matrix.T) or torch.linalg.cholesky_ex(matrix).info:
+            raise ValueError("a full precision must be symmetric and positive definite.")
 
     @property
     def is_unit(self) -> bool:
-        return self.precision == 1.0
+        return self.precision == 1.0 and self.learned is None
+
+    @property
+    def is_full(self) -> bool:
+        return isinstance(self.precision, tuple) and any(isinstance(row, tuple) for row in self.precision)
+
+    def check(self, units: int) -> None:
+        """Raises ValueError where the precision is not one of a node of `units` units."""
+        if isinstance(self.precision, tuple) and len(self.precision) != units:
+            raise ValueError(
+                f"precision must be one number or {units} (one per unit), got {len(self.precision)}."
+            )
+
+    def matrix(self, units: int) -> Tensor:
+        """P at the start, float64: [units] where it is diagonal, else [units, units]."""
+        values = torch.tensor(self.precision, dtype=torch.float64)
+        return values if self.is_full else values.expand(units).clone()
 
     def log_determinant(self, units: int) -> float:
-        """log|P| of a node of `units` units."""
+        """log|P| of a node of `units` units, at the start."""
+        if self.is_full:
+            return float(torch.linalg.slogdet(self.matrix(units)).logabsdet)
         if isinstance(self.precision, tuple):
-            return sum(math.log(value) for value in self.precision)
+            return float(self.matrix(units).log().sum())
         return units * math.log(self.precision)
 
 

@@ -19,15 +19,21 @@ from pctt.assemble import assemble
 from pctt.backends import backend as open_backend
 from pctt.backends.precision import PrecisionPolicy
 from pctt.energies import Categorical, Gaussian
-from pctt.groups import Layout
+from pctt.groups import Layout, is_row
 from pctt.inference import Inference
-from pctt.learning import Learning
+from pctt.inference.settings import noise_scale
+from pctt.layers import Dense
+from pctt.learning import Adam, AdamW, Learning
 from pctt.network import INPUT, Network, Weights, check_weights
 from pctt.program import (
     BATCH,
     INFERENCE_RATE,
+    INFERENCE_STEP,
     LEARNING_RATE,
     LEARNING_STEP,
+    NOISE,
+    NUDGE,
+    PER_NUDGE,
     PER_SAMPLE,
     Buffer,
     Program,
@@ -71,6 +77,16 @@ class Relaxation:
     trajectory: list[list[float]] | None = None
 
 
+@dataclass(frozen=True)
+class _Home:
+    """A layer and where it lives: layer `index` of the layout of its chain."""
+
+    name: str
+    layer: Dense
+    where: Layout
+    index: int
+
+
 @dataclass
 class _Batch:
     """Buffers and bound sections for one batch size."""
@@ -83,6 +99,9 @@ class _Batch:
     finish: Callable[[], None]
     measure: Callable[[], None]
     gradients: Callable[[], None]
+    sweep: Callable[[], None]
+    keep: Callable[[], None]
+    combine: Callable[[], None]
     relaxation: Callable[[], None]  # all of inference in one
     learning: Callable[[], None]  # gradients and update in one
 
@@ -128,10 +147,15 @@ class Engine:
         self.layout, self.program = self.backend.compile(net, grouped, write, batch_size)
         self.scalars = {
             INFERENCE_RATE: inference.rate,
+            INFERENCE_STEP: 0.0,
+            NOISE: noise_scale(inference),
+            NUDGE: 0.0,
             LEARNING_RATE: 0.0,
             LEARNING_STEP: 0.0,
             PER_SAMPLE: 1.0,
+            PER_NUDGE: 1.0,
         }
+        self._nudge = 1.0 if inference.nudge is None else inference.nudge.at(0.0)
         self._batches: dict[int, _Batch] = {}
         self._persistent = {
             name: self.backend.allocate(buffer, 1)
@@ -143,11 +167,17 @@ class Engine:
         self._batch: _Batch | None = None
         self._sent_ahead: dict[str, tuple[Tensor, Callable[[], None]]] = {}
         self.batch_size = 0  # of the batch last relaxed
-        self._constants = [  # -1/2 log|P| per layer
-            -0.5 * layer.energy.log_determinant(layer.units) if isinstance(layer.energy, Gaussian) else 0.0
-            for layer in net.layers
+        self._learning_steps_before = 0
+        self._layers = [
+            _Home(name, layer, where, index)
+            for part, where in zip(net.chains, (self.layout, self.layout.backward), strict=False)
+            if where is not None
+            for index, (name, layer) in enumerate(zip(part.names, part.layers, strict=True), start=1)
         ]
-        self._load_precisions()
+        self._fixed_constants = [  # -1/2 log|P| per layer
+            -0.5 * layer.energy.log_determinant(layer.units) if isinstance(layer.energy, Gaussian) else 0.0
+            for layer in (home.layer for home in self._layers)
+        ]
         self.load_weights(weights)
 
     # --- weights and learning state -------------------------------------------------------------------------
@@ -155,16 +185,23 @@ class Engine:
     def load_weights(self, weights: Weights) -> None:
         check_weights(self.net, weights)
         self._load(weights)
+        self._load_precisions(weights)
         self._refresh()
 
     def weights(self) -> Weights:
-        return self._read_tree("")
+        return {
+            home.name: {key: self._read_layer(key, home) for key in home.layer.weight_shapes(1)}
+            for home in self._layers
+        }
 
     def gradients(self) -> Weights:
         """What `compute_gradients` left: dF/dW of the batch mean, to be descended. `update` may use their
         memory for other things.
         """
-        return self._read_tree("_gradient")
+        return {
+            home.name: {key: self._read_layer(f"{key}_gradient", home) for key in home.layer.trained}
+            for home in self._layers
+        }
 
     def load_gradients(self, gradients: Weights) -> None:
         """Gradients from elsewhere (the backprop twin), for `update` to apply."""
@@ -173,25 +210,25 @@ class Engine:
     def learning_state(self) -> dict[str, dict[str, Tensor]]:
         """The state of the learning rule: {layer: {"weight_first_moment": ..., ...}}, {} if it has none."""
         state = {
-            name: {key: self._read_layer(key, index) for key in self._state_keys(index)}
-            for index, name in enumerate(self.net.names, start=1)
+            home.name: {key: self._read_layer(key, home) for key in self._state_keys(home)}
+            for home in self._layers
         }
         return {name: tensors for name, tensors in state.items() if tensors}
 
     def load_learning_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for index, name in enumerate(self.net.names, start=1):
-            expected = set(self._state_keys(index))
-            if set(state.get(name, {})) != expected:
+        for home in self._layers:
+            expected, found = set(self._state_keys(home)), set(state.get(home.name, {}))
+            if found != expected:
                 raise ValueError(
-                    f"the learning state of layer {name!r} must hold {sorted(expected)}, got "
-                    f"{sorted(state.get(name, {}))}; it was written by another learning rule."
+                    f"the learning state of layer {home.name!r} must hold {sorted(expected)}, got "
+                    f"{sorted(found)}; it was written by another learning rule."
                 )
         self._load(state)
 
-    def _state_keys(self, index: int) -> list[str]:
-        names = ("weight", "bias") if self.net.layers[index - 1].bias else ("weight",)
-        home = self.layout.layer("weight", index)[1].name.partition("@")[2]
-        roles = [name.partition("@")[0] for name in self._persistent if name.endswith(f"@{home}")]
+    def _state_keys(self, home: _Home) -> list[str]:
+        names = home.layer.trained
+        place = home.where.layer("weight", home.index)[1].name.partition("@")[2]
+        roles = [name.partition("@")[0] for name in self._persistent if name.endswith(f"@{place}")]
         return [
             role
             for role in roles
@@ -200,32 +237,35 @@ class Engine:
         ]
 
     def _load(self, tree: Mapping[str, Mapping[str, Tensor]], suffix: str = "") -> None:
-        for index, name in enumerate(self.net.names, start=1):
-            for key, values in tree.get(name, {}).items():  # a rule without state has no entry
-                slot, buffer = self.layout.layer(key + suffix, index)
+        for home in self._layers:
+            for key, values in tree.get(home.name, {}).items():  # a rule without state has no entry
+                slot, buffer = home.where.layer(key + suffix, home.index)
                 self.backend.write(self._persistent[buffer.name], slot, values)
 
-    def _read_tree(self, suffix: str) -> Weights:
-        return {
-            name: {
-                key: self._read_layer(key + suffix, index)
-                for key in self.net.layers[index - 1].weight_shapes(1)
-            }
-            for index, name in enumerate(self.net.names, start=1)
-        }
-
-    def _read_layer(self, role: str, index: int) -> Tensor:
-        slot, buffer = self.layout.layer(role, index)
+    def _read_layer(self, role: str, home: _Home) -> Tensor:
+        slot, buffer = home.where.layer(role, home.index)
         values = self.backend.read(self._persistent[buffer.name], slot)[0]
-        fan_in, fan_out = self.net.widths[index - 1 : index + 1]
-        return values[0, :fan_out] if role.startswith("bias") else values[:fan_in, :fan_out]
+        fan_in, fan_out = home.where.net.widths[home.index - 1 : home.index + 1]
+        return values[0, :fan_out] if is_row(role) else values[:fan_in, :fan_out]
 
-    def _load_precisions(self) -> None:
-        for index, layer in enumerate(self.net.layers, start=1):
-            name = f"precision@{index}"
-            if name in self._persistent and isinstance(layer.energy, Gaussian):
-                values = torch.tensor(layer.energy.precision, dtype=self.dtype).expand(layer.units)
-                self.backend.write(self._persistent[name], Slot(name, 0, 1), values)
+    def _load_precisions(self, weights: Weights) -> None:
+        for home in self._layers:
+            name, energy = f"precision@{home.where.tag}{home.index}", home.layer.energy
+            if name not in self._persistent or not isinstance(energy, Gaussian):
+                continue
+            fixed = energy.matrix(home.layer.units).to(self.dtype)
+            values = 1.0 / weights[home.name]["variance"] if home.layer.learns_variance else fixed
+            self.backend.write(self._persistent[name], Slot(name, 0, 1), values)
+
+    @property
+    def _constants(self) -> list[float]:
+        """-1/2 log|P| per layer."""
+        return [
+            0.5 * float(self._read_layer("variance", home).log().sum())
+            if home.layer.learns_variance
+            else constant
+            for home, constant in zip(self._layers, self._fixed_constants, strict=True)
+        ]
 
     # --- one batch ------------------------------------------------------------------------------------------
 
@@ -234,6 +274,7 @@ class Engine:
         activities: Mapping[str, Tensor],
         record: bool = False,
         upcoming: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
     ) -> Relaxation:
         """Runs inference on one batch.
 
@@ -241,22 +282,35 @@ class Engine:
         zero.
         record: keep the energies of every inference step.
         upcoming: the activities of the next batch, the very tensors; they are sent while this one runs.
+        seed: of the noise, where the dynamics have any.
+
+        With a centred nudge the batch relaxes twice, the second time to the positive side, and what is
+        reported and read is of that. Where weights move with every inference step they have moved by the end
+        of this call, by the rate and step of `set_learning`.
         """
         missing = [name for name in (*self.clamped, *self.placed) if name not in activities]
         if missing:
             raise ValueError(f"node {missing[0]!r} is clamped or placed, so relax needs its activities.")
         batch = self._begin(activities)
+        if self.inference.is_random:
+            self.backend.seed(seed)
+        if self.program.keep:
+            self._set_nudge(-self._nudge, 2.0)
+            batch.relaxation()
+            batch.gradients()
+            batch.keep()
+        self._set_nudge(self._nudge, 2.0 if self.program.keep else 1.0)
         tolerance, watched = self.inference.tolerance, record or self.inference.tolerance is not None
         if not watched:
             batch.relaxation()
             self._send_ahead(batch, upcoming)
-            return self._outcome(batch, Status.COMPLETED, self.inference.num_steps, None)
+            return self._outcome(batch, Status.COMPLETED, self.program.num_steps, None)
         batch.initialise()
         batch.measure_initial()
         history = [self._energies(batch, "initial_")[0]]
         status, steps = Status.COMPLETED, 0
-        while steps < self.inference.num_steps and status is Status.COMPLETED:
-            batch.steps[min(steps, len(batch.steps) - 1)]()
+        while steps < self.program.num_steps and status is Status.COMPLETED:
+            batch.steps[steps]()
             steps += 1
             batch.measure()
             history.append(self._energies(batch)[0])
@@ -266,14 +320,24 @@ class Engine:
                     status = Status.CONVERGED
         batch.finish()
         batch.measure()
+        history[-1] = self._energies(batch)[0]  # an amortiser's are known only now
         return self._outcome(batch, status, steps, history if record else None)
+
+    def set_nudge(self, fraction: float) -> None:
+        """The strength of the nudge after that fraction of all learning steps."""
+        if self.inference.nudge is not None:
+            self._nudge = self.inference.nudge.at(fraction)
+
+    def _set_nudge(self, nudge: float, count: float) -> None:
+        self.scalars[NUDGE], self.scalars[PER_NUDGE] = nudge, self.scalars[PER_SAMPLE] / (count * nudge)
 
     def predict(self, inputs: Tensor) -> Tensor:
         """The output predicted from `inputs` [B, D] alone, [B, units]: one feedforward sweep.
 
         It counts as a batch whose free and clamped nodes are at their predictions.
         """
-        self._begin({INPUT: inputs}).initialise()
+        batch = self._begin({INPUT: inputs})
+        (batch.sweep if self.program.sweep else batch.initialise)()
         return self.read_node("anchor", self.net.output)
 
     def _begin(self, activities: Mapping[str, Tensor]) -> _Batch:
@@ -300,7 +364,8 @@ class Engine:
     @property
     def _num_settling(self) -> int:
         """Inference steps until the errors have had time to reach every node."""
-        return len(self.net.layers) if self.backend.uniform else len(self.program.steps)
+        uniform = self.backend.uniform or self.inference.initial != "feedforward"
+        return len(self.net.layers) if uniform else len(self.program.steps)
 
     def _outcome(
         self, batch: _Batch, status: Status, steps: int, trajectory: list[list[float]] | None
@@ -313,38 +378,61 @@ class Engine:
     def write_errors(self, errors: Mapping[str, Tensor]) -> None:
         """Replaces the errors of the last relaxed batch, [B, units] per predicted node."""
         assert self._batch is not None, "relax a batch first"
-        for name, values in errors.items():
-            slot, buffer = self.layout.node("error", self.net.node_index(name))
-            self.backend.write(self._batch.buffers[buffer.name], slot, values)
+        for home in self._layers:
+            slot, buffer = home.where.node("error", home.index)
+            self.backend.write(self._batch.buffers[buffer.name], slot, errors[home.name])
 
     def compute_gradients(self) -> None:
         """dF/dW of the last relaxed batch, by the local rules."""
         assert self._batch is not None, "relax a batch first"
         self._batch.gradients()
+        self._batch.combine()
 
     def update(self, learning_rate: float, step: int) -> None:
         """Applies the learning rule. step: number of this learning step, counted from 1."""
-        self._set_learning(learning_rate, step)
+        self.set_learning(learning_rate, step)
         self._update()
 
     def learn(self, learning_rate: float, step: int) -> None:
-        """`compute_gradients` and `update` in one."""
+        """`compute_gradients` and `update` in one. Where weights move with every inference step there is
+        nothing left to do.
+        """
         assert self._batch is not None, "relax a batch first"
-        self._set_learning(learning_rate, step)
+        if self.inference.weights_at == "every_step":
+            return
+        self.set_learning(learning_rate, step)
         self._batch.learning()
 
-    def _set_learning(self, rate: float, step: int) -> None:
+    def set_learning(self, rate: float, step: int) -> None:
+        """The learning rate of what comes next, and the number of its learning step, counted from 1.
+
+        With weights that move at every inference step it is the number of the batch: the learning rule then
+        counts num_steps of its own steps per batch.
+        """
         self.scalars[LEARNING_RATE], self.scalars[LEARNING_STEP] = rate, float(step)
+        self._learning_steps_before = (step - 1) * self.program.num_steps
 
     def read_node(self, role: str, name: str) -> Tensor:
         """A copy of one node's tensor of the last relaxed batch, [B, units]: "activity", "error", "anchor" or
         "initial".
         """
-        assert self._batch is not None, "relax a batch first"
         index = self.net.node_index(name)
-        slot, buffer = self.layout.node(role, index)
-        values = self.backend.read(self._batch.buffers[buffer.name], slot)[0]
-        return values[: self.batch_size, : self.net.widths[index]]
+        return self._read_slot(self.layout.node(role, index)[0], self.net.widths[index])
+
+    def read_error(self, layer: str) -> Tensor:
+        """The error under the prediction of a layer, [B, units]."""
+        (home,) = (home for home in self._layers if home.name == layer)
+        return self._read_slot(home.where.node("error", home.index)[0], home.layer.units)
+
+    def read_activity(self, name: str, initial: bool = False) -> Tensor:
+        """The activity of a node after inference, or the one it started from, [B, units]."""
+        slots = self.program.starts if initial else self.program.ends
+        index = self.net.node_index(name)
+        return self._read_slot(slots[index], self.net.widths[index])
+
+    def _read_slot(self, slot: Slot, units: int) -> Tensor:
+        assert self._batch is not None, "relax a batch first"
+        return self.backend.read(self._batch.buffers[slot.buffer], slot)[0][: self.batch_size, :units]
 
     def bytes_allocated(self) -> dict[str, int]:
         """Bytes per buffer role, over all batch sizes in use."""
@@ -369,7 +457,10 @@ class Engine:
 
             given: dict[str, tuple[Any, Slot]] = {}
             for name in {INPUT, *self.clamped, *self.placed}:
-                slot, buffer = self.layout.node("initial", self.net.node_index(name))
+                is_target = self.inference.nudge is not None and name == self.net.output
+                slot, buffer = self.layout.node(
+                    "target" if is_target else "initial", self.net.node_index(name)
+                )
                 given[name] = buffers[buffer.name], slot
 
             def bind(section: str) -> Callable[[], None]:
@@ -377,9 +468,11 @@ class Engine:
 
             names = ("initialise", "measure_initial", "finish", "measure", "gradients")
             initialise, measure_initial, finish, measure, gradients = map(bind, names)
-            steps = [self.backend.bind(code, buffers, self.scalars) for code in self.program.steps]
-            walk = [steps[min(number, len(steps) - 1)] for number in range(self.program.num_steps)]
-            relaxation = [initialise, measure_initial, *walk, finish, measure]
+            sweep, keep, combine = map(bind, ("sweep", "keep", "combine"))
+            distinct = [self.backend.bind(code, buffers, self.scalars) for code in self.program.steps]
+            steps = [
+                self._counted(number, distinct[kind]) for number, kind in enumerate(self.program.walk, 1)
+            ]
             self._batches[batch_size] = _Batch(
                 buffers,
                 given,
@@ -389,31 +482,48 @@ class Engine:
                 finish,
                 measure,
                 gradients,
-                self.backend.sequence(relaxation),
-                self.backend.sequence([gradients, self._update]),
+                sweep,
+                keep,
+                combine,
+                self.backend.sequence([initialise, measure_initial, *steps, finish, measure]),
+                self.backend.sequence([gradients, combine, self._update]),
             )
         return self._batches[batch_size]
+
+    def _counted(self, number: int, step: Callable[[], None]) -> Callable[[], None]:
+        """Inference step `number`, with the counters set that its instructions read."""
+        incremental = self.inference.weights_at == "every_step" and isinstance(self.learning, (Adam, AdamW))
+        if self.inference.dynamics != "adam" and not incremental:
+            return step
+
+        def run() -> None:
+            self.scalars[INFERENCE_STEP] = float(number)
+            if incremental:
+                self.scalars[LEARNING_STEP] = float(self._learning_steps_before + number)
+            step()
+
+        return run
 
     def _energies(self, batch: _Batch, when: str = "") -> tuple[list[float], list[float]]:
         """Energy and e'e per layer, batch mean: F_l = 1/2 (mean e'Pe - log|P|), or the mean cross-entropy."""
         squares = self._sums(batch, f"{when}square")
         weighted = self._sums(batch, f"{when}energy")
         energies: list[float] = []
-        for layer, square, other, constant in zip(
-            self.net.layers, squares, weighted, self._constants, strict=True
+        for home, square, other, constant in zip(
+            self._layers, squares, weighted, self._constants, strict=True
         ):
-            if isinstance(layer.energy, Categorical):
+            if isinstance(home.layer.energy, Categorical):
                 energies.append(other)
             else:
-                energies.append(0.5 * (square if layer.energy.is_unit else other) + constant)
+                energies.append(0.5 * (square if home.layer.energy.is_unit else other) + constant)
         return energies, squares
 
     def _sums(self, batch: _Batch, role: str) -> list[float]:
         """Per layer, batch mean; 0 where a layer's energy follows from its squares."""
         found: dict[str, list[float]] = {}
         sums: list[float] = []
-        for index in range(1, len(self.net.layers) + 1):
-            slot, buffer = self.layout.sum(role, index)
+        for home in self._layers:
+            slot, buffer = home.where.sum(role, home.index)
             if buffer.name not in found:
                 whole = Slot(buffer.name, 0, buffer.count)
                 there = buffer.name in batch.buffers
@@ -430,7 +540,7 @@ class Engine:
             return Status.NON_FINITE
         constant = sum(self._constants)
         before, after = sum(first) - constant, sum(last) - constant
-        if self.inference.prediction == "live" and after > DIVERGENCE_FACTOR * max(before, 1e-30):
+        if self.inference.descends and after > DIVERGENCE_FACTOR * max(before, 1e-30):
             return Status.DIVERGED
         return status
 

@@ -12,7 +12,7 @@ and a node with such layers only is a stack of its own.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -27,6 +27,7 @@ class Layout:
 
     tile: what rows and columns of weights, and columns of nodes, are padded to a multiple of.
     apart: layers that are spread over all cores.
+    tag: in the names of all buffers.    backward: of the chain down, if the network has one.
     """
 
     net: Network
@@ -34,6 +35,8 @@ class Layout:
     layers: tuple[tuple[int, int], ...]
     tile: int = 1
     apart: frozenset[int] = frozenset()
+    tag: str = ""
+    backward: Layout | None = None
 
     def is_apart(self, index: int) -> bool:
         """Whether node `index` is spread over all cores: no layer beside it lies on one core."""
@@ -57,7 +60,7 @@ class Layout:
         units].
         """
         stack, position = self.nodes[index]
-        name = f"{role}@nodes{stack}"
+        name = f"{role}@{self.tag}nodes{stack}"
         return Slot(name, position, position + 1), Buffer(
             name, self._stack_sizes[stack], BATCH, self._widths[index]
         )
@@ -65,18 +68,23 @@ class Layout:
     def sum(self, role: str, index: int) -> tuple[Slot, Buffer]:
         """The slot of a number that belongs to node `index`, in a buffer [nodes in the stack, 1, 1]."""
         stack, position = self.nodes[index]
-        name = f"{role}@sums{stack}"
+        name = f"{role}@{self.tag}sums{stack}"
         return Slot(name, position, position + 1), Buffer(name, self._stack_sizes[stack], 1, 1)
 
     def layer(self, role: str, index: int) -> tuple[Slot, Buffer]:
         """The slot of layer `index` (1..L) in the buffer of `role`: [layers, in, out], or [layers, 1, out]
-        for a bias.
+        for a bias or a variance.
         """
         group, position = self.layers[index - 1]
         fan_in, fan_out = self._widths[index - 1 : index + 1]
-        name = f"{role}@layers{group}"
-        rows = 1 if role.startswith("bias") else fan_in
+        name = f"{role}@{self.tag}layers{group}"
+        rows = 1 if is_row(role) else fan_in
         return Slot(name, position, position + 1), Buffer(name, self._group_sizes[group], rows, fan_out)
+
+
+def is_row(role: str) -> bool:
+    """Whether tensors of `role` hold a number per unit of a layer, not one per weight."""
+    return "bias" in role or "variance" in role
 
 
 def padded(size: int, tile: int) -> int:
@@ -98,7 +106,9 @@ def layout(net: Network, grouped: bool = True, tile: int = 1, apart: frozenset[i
     node_keys = [
         (width,) if grouped and not _is_apart(net, apart, i) else (width, i) for i, width in enumerate(widths)
     ]
-    return Layout(net, _runs(node_keys), _runs(layer_keys), tile, apart)
+    below = layout(net.backward, grouped, tile) if net.backward is not None else None
+    down = None if below is None else replace(below, tag="back_")
+    return Layout(net, _runs(node_keys), _runs(layer_keys), tile, apart, backward=down)
 
 
 def _is_apart(net: Network, apart: frozenset[int], node: int) -> bool:

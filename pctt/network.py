@@ -5,13 +5,13 @@ elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pctt._checks import require_count
-from pctt.energies import Categorical
+from pctt.energies import Categorical, Gaussian
 from pctt.initialisers import initialise_weight
 from pctt.layers.dense import Dense
 
@@ -26,11 +26,24 @@ class Network:
     """A chain of layers. Node 0 is `input`; node l is named after layer l, the one that predicts it.
 
     input: units of node 0.    layers: layer 1 to L.    names: one per layer, unique.
+    backward: a chain down that predicts the same nodes from the output on, for bidirectional predictive
+        coding; its input is node L, its layers predict nodes L - 1 to 0.
     """
 
     input: int
     layers: tuple[Dense, ...]
     names: tuple[str, ...]
+    backward: Network | None = None
+
+    @property
+    def chains(self) -> tuple[Network, ...]:
+        """The chain up, and the chain down if there is one."""
+        return (self,) if self.backward is None else (self, self.backward)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of all layers, those of the chain down included."""
+        return tuple(name for part in self.chains for name in part.names)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -53,10 +66,10 @@ class Network:
             raise ValueError(f"no node is called {name!r}; the nodes are {', '.join(self.nodes)}.") from None
 
     def weight_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        widths = self.widths
         return {
-            name: layer.weight_shapes(widths[index])
-            for index, (name, layer) in enumerate(zip(self.names, self.layers, strict=True))
+            name: layer.weight_shapes(part.widths[index])
+            for part in self.chains
+            for index, (name, layer) in enumerate(zip(part.names, part.layers, strict=True))
         }
 
     def num_weights(self) -> int:
@@ -65,12 +78,14 @@ class Network:
         )
 
 
-def chain(input: int, layers: Sequence[Dense]) -> Network:
+def chain(input: int, layers: Sequence[Dense], backward: Sequence[Dense] = ()) -> Network:
     """A network whose layers follow each other.
 
     input: units of the first node.
     layers: at least one; a layer without a name is called after its kind and number among its kind (`dense1`,
     `dense2`, ...).
+    backward: layers of a chain down, from the output to the input, which predict nodes L - 1 to 0 and are
+    called after these (`dense1_back`, ..., `input_back`).
 
     Raises ValueError for an empty chain, a name used twice, softmax or a categorical energy before the last
     layer, or a precision whose length is not the layer's number of units.
@@ -94,13 +109,38 @@ def chain(input: int, layers: Sequence[Dense]) -> Network:
                 "give it an elementwise activation and a Gaussian energy."
             )
         layer.check()
+        below = layers[number - 2].units if number > 1 else input
+        if layer.skip and below != layer.units:
+            raise ValueError(
+                f"layer {names[-1]!r} skips from {below} units to {layer.units}; give both layers the same "
+                "number, or drop skip."
+            )
     for name in names:
         if names.count(name) > 1 or name == INPUT or not name or "/" in name:
             raise ValueError(
                 f"layer names must be unique, without '/', and not 'input'; {name!r} is not, so rename that "
                 "layer."
             )
-    return Network(input, tuple(layers), tuple(names))
+    net = Network(input, tuple(layers), tuple(names))
+    return replace(net, backward=_chain_down(net, backward)) if backward else net
+
+
+def _chain_down(net: Network, layers: Sequence[Dense]) -> Network:
+    units = list(reversed(net.widths[:-1]))
+    if [layer.units for layer in layers] != units:
+        raise ValueError(
+            f"backward layers must predict the nodes below the output, {units} units, got "
+            f"{[layer.units for layer in layers]}."
+        )
+    if any(isinstance(layer.energy, Categorical) for layer in (*net.layers, *layers)):
+        raise ValueError("a bidirectional network has Gaussian energies only; drop Categorical().")
+    names = [f"{name}_back" for name in reversed(net.nodes[:-1])]
+    named = [replace(layer, name=layer.name or name) for layer, name in zip(layers, names, strict=True)]
+    down = chain(net.widths[-1], named)
+    both = set(down.names) & set(net.names)
+    if both:
+        raise ValueError(f"layer {both.pop()!r} stands in both chains; rename one.")
+    return down
 
 
 def init(
@@ -120,13 +160,17 @@ def init(
     Returns {layer name: {"weight": [in, out], "bias": [out]}}.
     """
     generator = torch.Generator().manual_seed(seed)
-    widths = net.widths
     weights: Weights = {}
-    for index, (name, layer) in enumerate(zip(net.names, net.layers, strict=True)):
-        weight = initialise_weight(widths[index], layer.units, layer.activation, scheme, gain, generator)
+    layers = [
+        entry for part in net.chains for entry in zip(part.names, part.widths, part.layers, strict=False)
+    ]
+    for name, fan_in, layer in layers:
+        weight = initialise_weight(fan_in, layer.units, layer.activation, scheme, gain, generator)
         weights[name] = {"weight": weight.to(dtype)}
         if layer.bias:
             weights[name]["bias"] = torch.zeros(layer.units, dtype=dtype)
+        if layer.learns_variance and isinstance(layer.energy, Gaussian):
+            weights[name]["variance"] = (1.0 / layer.energy.matrix(layer.units)).to(dtype)
     return weights
 
 

@@ -5,8 +5,8 @@ from them is local by construction. `assemble.py` writes programs, `backends/` r
 planner, a cost model, a drawing) can read them.
 
 Batch reduction: `PER_SAMPLE`, the factor 1/B, stands in the instructions of the weight gradients and, for the
-energies it reports, in the engine. The inference instructions have no batch factor at all, so each sample
-relaxes as if it were alone.
+energies it reports, in the engine. (With a nudged output `PER_NUDGE` stands there, 1/B over the nudge.) The
+inference instructions have no batch factor at all, so each sample relaxes as if it were alone.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ BATCH = -1
 """Row count of a buffer that has one row per sample."""
 
 INFERENCE_RATE = "inference_rate"
+INFERENCE_STEP = "inference_step"
+NOISE = "noise"
+NUDGE = "nudge"
 LEARNING_RATE = "learning_rate"
 PER_SAMPLE = "per_sample"
+PER_NUDGE = "per_nudge"
 LEARNING_STEP = "learning_step"
 """Names of the scalars that a backend reads at run time, so that a schedule changes no instruction."""
 
@@ -89,9 +93,13 @@ class Program:
 
     refresh: what must follow when weights have been written from outside, for backends that keep copies of
         them; empty in an assembled program.
-    steps: the inference steps that differ from each other; the last one repeats. From a feedforward start the
-    errors travel one layer per step (equality E2 of docs/mathematics.md), so the first steps need only the
-    layers already reached.
+    steps: the inference steps that differ from each other.
+    walk: which of `steps` each inference step is. From a feedforward start the errors travel one layer per
+        step (equality E2 of docs/mathematics.md), so the first steps need only the layers already reached.
+    starts, ends: where the activity of each node stands that inference starts from, and that it ends in.
+    sweep: the feedforward sweep from the input, where `initialise` starts elsewhere.
+    keep, combine: for training steps of two relaxations, whose weight gradients are subtracted: what puts
+        those of the first aside, and what takes them from those of the second; otherwise empty.
     """
 
     buffers: dict[str, Buffer]
@@ -102,21 +110,30 @@ class Program:
     measure: tuple[Instruction, ...]
     gradients: tuple[Instruction, ...]
     update: tuple[Instruction, ...]
-    num_steps: int
+    walk: tuple[int, ...]
+    starts: tuple[Slot, ...]
+    ends: tuple[Slot, ...]
     refresh: tuple[Instruction, ...] = ()
+    sweep: tuple[Instruction, ...] = ()
+    keep: tuple[Instruction, ...] = ()
+    combine: tuple[Instruction, ...] = ()
+
+    @property
+    def num_steps(self) -> int:
+        """Inference steps of one relaxation."""
+        return len(self.walk)
 
     def step(self, number: int) -> tuple[Instruction, ...]:
         """Instructions of inference step `number`, counted from 1."""
-        return self.steps[min(number, len(self.steps)) - 1]
+        return self.steps[self.walk[number - 1]]
 
     def training_step(self) -> list[Instruction]:
         """Every instruction of one training step, in order."""
-        relaxation = [instruction for t in range(self.num_steps) for instruction in self.step(t + 1)]
-        before, after = (
-            [*self.initialise, *self.measure_initial],
-            [*self.finish, *self.measure, *self.gradients],
-        )
-        return [*before, *relaxation, *after, *self.update]
+        relaxation = [*self.initialise, *self.measure_initial]
+        relaxation += [instruction for index in self.walk for instruction in self.steps[index]]
+        relaxation += [*self.finish, *self.measure, *self.gradients]
+        first = [*relaxation, *self.keep] if self.keep else []
+        return [*first, *relaxation, *self.combine, *self.update]
 
     def flops(self, batch_size: int) -> int:
         """Floating-point operations of the products of one training step; a multiply-add counts two."""
@@ -132,10 +149,35 @@ class Program:
     def __str__(self) -> str:
         sections = [("initialise", self.initialise), ("measure_initial", self.measure_initial)]
         sections += [(f"step {number}", code) for number, code in enumerate(self.steps, start=1)]
-        sections += [(name, getattr(self, name)) for name in ("finish", "measure", "gradients", "update")]
+        names = ("finish", "measure", "gradients", "keep", "combine", "update", "sweep")
+        sections += [(name, getattr(self, name)) for name in names if getattr(self, name)]
         return "\n".join(
             f"{name}:" + "".join(f"\n  {instruction}" for instruction in code) for name, code in sections
         )
+
+
+PURE = ("copy", "add", "multiply", "activate", "derivative", "product", "product_transposed")
+"""Operations whose result is a function of their inputs."""
+
+
+def without_repeats(code: Iterable[Instruction]) -> list[Instruction]:
+    """The code without instructions whose result stands there already, as rules that know nothing of each
+    other may write the same one.
+    """
+    standing: set[Instruction] = set()
+    touching: dict[Slot, set[Instruction]] = {}
+    kept: list[Instruction] = []
+    for instruction in code:
+        if instruction in standing:
+            continue
+        kept.append(instruction)
+        for slot in instruction.out:
+            standing -= touching.pop(slot, set())
+        if instruction.op in PURE and not set(instruction.out) & set(instruction.inputs):
+            standing.add(instruction)
+            for slot in (*instruction.out, *instruction.inputs):
+                touching.setdefault(slot, set()).add(instruction)
+    return kept
 
 
 def coalesce(code: Iterable[Instruction]) -> tuple[Instruction, ...]:

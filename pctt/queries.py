@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from pctt.energies import Categorical
 from pctt.engine import Engine, Status
 from pctt.inference import Inference
-from pctt.network import INPUT, Network, Weights, check_weights
+from pctt.network import Network, Weights, check_weights
 
 
 class InferenceDiverged(ArithmeticError):
@@ -22,13 +22,16 @@ class InferenceDiverged(ArithmeticError):
 class InferenceResult:
     """The state after inference. All tensors are copies, [B, units], keyed by node name.
 
-    activities: of every node.    predictions, errors: of every node but the input; errors = activities -
-    predictions.
+    activities: of every node.    predictions, errors: of every layer, which has the name of the node it
+    predicts; errors = activities - predictions.
     energy: [steps run + 1, layers], batch mean, row 0 before the first step.
     status: how it ended.
     num_steps: steps run.
     initial: the activities inference started from, which fixed predictions and their weight gradients refer
     to.
+    given: what the caller gave, by node, clamped or as initial activity. The activity of an output that is
+        nudged is not its target.
+    seed: of the noise.
     """
 
     activities: dict[str, Tensor]
@@ -40,6 +43,8 @@ class InferenceResult:
     inference: Inference
     initial: dict[str, Tensor]
     clamped: tuple[str, ...]
+    given: dict[str, Tensor]
+    seed: int = 0
 
 
 def infer(
@@ -52,6 +57,7 @@ def infer(
     device: str | int | None = None,
     grouped: bool = True,
     throw: bool = False,
+    seed: int = 0,
 ) -> InferenceResult:
     """Relaxes the free nodes with the clamped ones held at data (Whittington & Bogacz 2017, eq. 2.10 to
     2.13).
@@ -65,6 +71,7 @@ def infer(
     device: a torch device, a chip such as "n150", or the number of a card.
     grouped: stack equal layers; the numbers are the same.
     throw: raise InferenceDiverged unless the status is ok; otherwise look at `status`.
+    seed: of the noise of dynamics="langevin".
 
     The result is the state after exactly `num_steps` updates (fewer with a tolerance), with errors and
     predictions belonging to it. Raises ValueError for unknown nodes, wrong shapes or dtypes, NaN, or targets
@@ -86,28 +93,31 @@ def infer(
         grouped=grouped,
         batch_size=len(next(iter(given.values()))),
     )
-    relaxation = engine.relax(given, record=True)
+    relaxation = engine.relax(given, record=True, seed=seed)
     if throw and not relaxation.status.ok:
         raise InferenceDiverged(f"{relaxation.status.value}; lower the rate ({inference.rate}).")
+    held = set(clamp) - ({net.output} if inference.nudge is not None else set[str]())
     activities = {
-        name: given[name].detach().clone() if name in clamp else engine.read_node("activity", name)
+        name: given[name].detach().clone() if name in held else engine.read_activity(name)
         for name in net.nodes
     }
-    errors = {name: engine.read_node("error", name) for name in net.names}
+    errors = {name: engine.read_error(name) for name in net.layer_names}
     activities = {name: values.to(errors[net.output].device) for name, values in activities.items()}
+    predicted = dict(zip(net.names, net.names, strict=True))  # layer: the node it predicts
+    if net.backward is not None:
+        predicted |= dict(zip(net.backward.names, reversed(net.nodes[:-1]), strict=True))
     return InferenceResult(
         activities=activities,
-        predictions={name: activities[name] - errors[name] for name in net.names},
+        predictions={name: activities[predicted[name]] - error for name, error in errors.items()},
         errors=errors,
         energy=torch.tensor(relaxation.trajectory, dtype=dtype),
         status=relaxation.status,
         num_steps=relaxation.num_steps,
         inference=inference,
-        initial={
-            name: engine.read_node("initial" if name in given or name == INPUT else "anchor", name)
-            for name in net.nodes
-        },
+        initial={name: engine.read_activity(name, initial=True) for name in net.nodes},
         clamped=tuple(clamp),
+        given={name: values.detach().clone() for name, values in given.items()},
+        seed=seed,
     )
 
 
@@ -120,17 +130,32 @@ def weight_gradients(
     grouped: bool = True,
 ) -> Weights:
     """The descent gradient dF/dW of the batch-mean energy at `result`, by the local rules; same tree as
-    `weights`.
+    `weights`, without learned variances.
 
     For live predictions it is taken at the final activities, for fixed ones at those inference started from
     (Millidge et al. 2022). `weights` are those that `result` was inferred with. Backend and device as for
     `infer`, and it raises what that does.
     """
+    if not result.inference.gradient_is_of_the_end:  # it is what the relaxation gathered on its way
+        engine = Engine(
+            net,
+            weights,
+            result.inference,
+            result.clamped,
+            [name for name in result.given if name not in result.clamped],
+            backend=backend,
+            device=device,
+            grouped=grouped,
+            batch_size=len(next(iter(result.given.values()))),
+        )
+        engine.relax(result.given, seed=result.seed)
+        engine.compute_gradients()
+        return engine.gradients()
     # The same program with every node clamped has each layer's source, drive and error at hand without an
     # inference step; the errors are the result's own, which are more precise in fp32 than activities minus
     # recomputed predictions.
     base = result.initial if result.inference.prediction == "fixed" else result.activities
-    at_rest = replace(result.inference, num_steps=0, tolerance=None)
+    at_rest = Inference(num_steps=0, prediction=result.inference.prediction)
     engine = Engine(
         net,
         weights,

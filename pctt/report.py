@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Reporter:
         is_new: bool,
     ) -> None:
         widths = "-".join(map(str, trainer.net.widths))
-        fields = {
+        facts = {
             "network": widths,
             "weights": trainer.net.num_weights(),
             "data": dataset.name,
@@ -50,11 +50,13 @@ class Reporter:
             "from_step": trainer.progress.step,
         }
         if self.as_json:
-            print_json("start", fields)
+            print_json("start", facts)
             return
         verb = "training" if is_new else f"resuming after batch {trainer.progress.step}:"
         knobs = config.inference
         how = f"T={knobs.num_steps}, rate={knobs.rate:g}, {knobs.prediction} prediction"
+        others = {name: value for name, value in changed(knobs).items() if name not in SAID}
+        how += "".join(f", {name}={value}" for name, value in others.items())
         print(
             f"{verb} {widths} ({trainer.net.num_weights():,} weights) on {dataset.name}: "
             f"{num_training} training, {len(dataset.train) - num_training} validation, "
@@ -120,6 +122,16 @@ class Reporter:
     def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+SAID = ("num_steps", "rate", "prediction")
+
+
+def changed(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their defaults."""
+    return {
+        f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default
+    }
 
 
 def described(trainer: Trainer) -> str:

@@ -106,6 +106,18 @@ class Trainer:
         require_count("seed", seed)
         require_count("batch_size", batch_size, least=1)
         require_one_of("algorithm", algorithm, ALGORITHMS)
+        if algorithm == "backprop" and any(layer.learns_variance for layer in net.layers):
+            raise ValueError(
+                "a learned variance follows the errors of predictive coding, and algorithm='backprop' has "
+                "none; give its layer a precision without `learned`."
+            )
+        if algorithm == "backprop" and net.backward is not None:
+            raise ValueError("backpropagation trains no backward layers; drop them, or use PC.")
+        if algorithm == "pc" and inference is not None and inference.initial == "carried":
+            raise ValueError(
+                "initial='carried' goes on from the samples of the batch before, and a Trainer shuffles "
+                "them; use an Engine for streams, or another initial."
+            )
         if backend == "tenstorrent" and mode() == "mock":
             raise BackendUnavailable(
                 "ttnn's mock device computes nothing, so it can neither train nor evaluate; unset "
@@ -122,7 +134,7 @@ class Trainer:
         self.engine = Engine(
             net,
             weights,
-            self.inference,
+            self.inference if algorithm == "pc" else Inference(num_steps=0),
             clamped=(INPUT, net.output),
             learning=self.learning,
             backend=backend,
@@ -196,7 +208,7 @@ class Trainer:
         save_every: int | None,
     ) -> FitResult:
         num_batches = math.ceil(len(inputs) / self.batch_size)
-        progress, accuracy, names = self.progress, None, self.net.names
+        progress, accuracy, names = self.progress, None, self.net.layer_names
         self._stop_requested = False
 
         def emit(kind: str, **fields: Any) -> None:
@@ -212,6 +224,7 @@ class Trainer:
                 rows = order[first : first + self.batch_size]
                 record = progress.batch == 0
                 rate = self.learning.rate * self.learning.schedule.factor(progress.step, epochs * num_batches)
+                self.engine.set_nudge(progress.step / max(1, epochs * num_batches - 1))
                 batch = upcoming or {INPUT: inputs[rows], self.net.output: targets[rows]}
                 upcoming = None
                 if progress.batch + 1 < num_batches:
@@ -284,12 +297,13 @@ class Trainer:
             inputs, targets = batch[INPUT], batch[self.net.output]
             weights = self.engine.weights()
             gradients, loss, error_norm = backprop.differentiate(self.net, weights, inputs, targets)
-            hidden = [0.0] * (len(self.net.layers) - 1)  # which have no error of their own
+            hidden = [0.0] * (len(self.net.layer_names) - 1)  # which have no error of their own
             status = Status.COMPLETED if math.isfinite(loss) else Status.NON_FINITE
             relaxation = Relaxation(status, [*hidden, loss], [*hidden, error_norm], 0)
             self.engine.load_gradients(gradients)
         else:
-            relaxation = self.engine.relax(batch, record, upcoming)
+            self.engine.set_learning(rate, self.progress.step + 1)
+            relaxation = self.engine.relax(batch, record, upcoming, _seed(self.seed, self.progress.step))
             if relaxation.status.ok:
                 self.engine.learn(rate, self.progress.step + 1)
             return relaxation
@@ -298,8 +312,7 @@ class Trainer:
         return relaxation
 
     def _order(self, num_samples: int, epoch: int) -> Tensor:
-        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
+        return torch.randperm(num_samples, generator=torch.Generator().manual_seed(_seed(self.seed, epoch)))
 
     def _accuracy(self, inputs: Tensor, labels: Tensor) -> float:
         return float((self.predict(inputs).argmax(-1).cpu() == labels).double().mean())
@@ -308,15 +321,20 @@ class Trainer:
         return FitResult(status, message, self.progress.epoch, self.progress.step, accuracy)
 
     def _failed(self, relaxation: Relaxation) -> FitResult:
-        energies = dict(zip(self.net.names, relaxation.energies, strict=True))
+        energies = dict(zip(self.net.layer_names, relaxation.energies, strict=True))
         worst = max(energies, key=lambda name: math.inf if math.isnan(energies[name]) else energies[name])
         advice = f"lower inference.rate (now {self.inference.rate:g})" + (
             "" if relaxation.status is Status.DIVERGED else f" or learning.rate (now {self.learning.rate:g})"
         )
+        spoilt = self.inference.weights_at == "every_step" and self.algorithm == "pc"
+        state = (
+            "the weights have moved with it, so go back to the last checkpoint"
+            if spoilt
+            else "the weights are those before this batch, and no checkpoint was written since"
+        )
         message = (
-            f"batch {self.progress.step + 1}: {relaxation.status.value}, worst in layer {worst!r}; the "
-            "weights are those "
-            f"before this batch, and no checkpoint was written since; {advice}."
+            f"batch {self.progress.step + 1}: {relaxation.status.value}, worst in layer {worst!r}; {state}; "
+            f"{advice}."
         )
         return self._result(relaxation.status, message, None)
 
@@ -426,6 +444,10 @@ def load(
         raise refused(error) from None
     trainer.progress = progress
     return trainer
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _tensor(values: Any) -> Tensor:

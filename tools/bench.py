@@ -3,7 +3,8 @@
 Contenders run in turn, round after round, so that what disturbs the machine disturbs all of them; the table
 shows the median over rounds of each round's median. The floor is the time that the matrix products of a
 training step would take at the rate of a large square product measured in the same rounds. For ratios look
-along a line, never between runs.
+along a line, never between runs. A second table has a line per variant of `pctt.variants`, on the first
+network, run in turn with plain predictive coding.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 import pctt
+from pctt.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ CASES = (
 GEMM_SIZE = 1024
 
 
-def predictive_coding(case: Case, num_steps: int) -> tuple[Callable[[], None], pctt.Engine]:
+def predictive_coding(
+    case: Case, num_steps: int, variant: str = "pc"
+) -> tuple[Callable[[], None], pctt.Engine]:
     """One training step of pctt: T inference steps at rate 0.1, gradients, Adam."""
     layers = [pctt.Dense(units, "tanh") for units in case.widths[1:-1]] + [pctt.Dense(case.widths[-1])]
     net = pctt.chain(case.widths[0], layers)
-    inference = pctt.Inference(num_steps=num_steps, rate=0.1)
+    inference = pctt.variant(variant, pctt.Inference(num_steps=num_steps, rate=0.1))
     clamped = ("input", net.output)
     engine = pctt.Engine(net, pctt.init(net), inference, clamped, learning=pctt.Adam(1e-3))
     inputs, targets = batch(case)
@@ -54,9 +58,9 @@ def predictive_coding(case: Case, num_steps: int) -> tuple[Callable[[], None], p
     def run() -> None:
         nonlocal step
         step += 1
+        engine.set_learning(1e-6, step)  # so small that no variant diverges, however often it is run
         engine.relax({"input": inputs, net.output: targets})
-        engine.compute_gradients()
-        engine.update(1e-3, step)
+        engine.learn(1e-6, step)
 
     return run, engine
 
@@ -142,6 +146,25 @@ def bench(case: Case, num_steps: int, rounds: int, seconds: float) -> dict[str, 
     }
 
 
+def bench_variants(case: Case, num_steps: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """A line per variant: milliseconds per training batch, and products, beside those of plain PC."""
+    made = {name: predictive_coding(case, num_steps, name) for name in VARIANTS}
+    times = measure({name: run for name, (run, _) in made.items()}, rounds, seconds)
+    flops = {name: engine.program.flops(case.batch_size) for name, (_, engine) in made.items()}
+    return [
+        {
+            "variant": name,
+            "network": case.name,
+            "batch_size": case.batch_size,
+            "num_steps": made[name][1].program.num_steps,
+            "ms": median(times[name]),
+            "over_pc": median(a / b for a, b in zip(times[name], times["pc"], strict=True)),
+            "flops_over_pc": flops[name] / flops["pc"],
+        }
+        for name in VARIANTS
+    ]
+
+
 def weights_and_state(engine: pctt.Engine, case: Case) -> int:
     """Bytes nobody can do without: weights, Adam's moments, activity, prediction and error of every node."""
     moments = 2 * engine.net.num_weights()
@@ -189,6 +212,19 @@ def main() -> int:
             f"{figures['bytes_over_needed']:>13.2f}",
         ]
         print("  ".join(columns), flush=True)
+    case = CASES[0]
+    lines = bench_variants(case, arguments.steps, arguments.rounds, arguments.seconds / 2)
+    if not arguments.json:
+        print(f"\n{case.name}, B={case.batch_size}: variants, run in turn")
+        print(f"{'variant':<14}{'T':>4}{'ms':>9}{'/pc':>8}{'products/pc':>13}")
+    for line in lines:
+        if arguments.json:
+            print(json.dumps(line), flush=True)
+        else:
+            print(
+                f"{line['variant']:<14}{line['num_steps']:>4}{line['ms']:>9.2f}{line['over_pc']:>8.2f}"
+                f"{line['flops_over_pc']:>13.2f}"
+            )
     return 0
 
 

@@ -35,6 +35,7 @@ SETTINGS = "tests/unit/test_inference_settings.py"
 RULES = "tests/property/test_local_rules.py"
 PROGRAM = "tests/unit/test_program.py"
 LEARNING = "tests/unit/test_learning.py"
+VARIANTS = "tests/unit/test_variants.py"
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "sign": (EQUALITIES,),
@@ -46,6 +47,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "clamp": (RULES,),
     "grouping": (PROGRAM,),
     "learning": (LEARNING,),
+    "variants": (VARIANTS,),
+    "bidirectional": ("tests/unit/test_bidirectional.py",),
+    "energies": ("tests/unit/test_energies.py",),
+    "scaling": ("tests/unit/test_scaling.py",),
+    "theory": ("tests/unit/test_theory.py",),
     "stopping": (SETTINGS,),
     "twin": ("tests/unit/test_backprop.py",),
     "network": ("tests/unit/test_network.py",),
@@ -73,7 +79,8 @@ class Fault:
 
 DENSE = "pctt/layers/dense.py"
 DYNAMICS = "pctt/inference/dynamics.py"
-ASSEMBLE = "pctt/assemble.py"
+STATE = "pctt/state.py"
+STEPS = "pctt/inference/steps.py"
 ENGINE = "pctt/engine.py"
 REFERENCE = "pctt/backends/reference.py"
 LOWERING = "pctt/backends/lowering.py"
@@ -83,20 +90,30 @@ FAULTS = (
         "error-sign",
         "sign",
         DENSE,
-        "return at.product(error, change, weight, deviation, scale=-1.0)",
-        "return at.product(error, change, weight, deviation, scale=1.0)",
+        "at.product(out, change, weight, base, sign * self.scale)",
+        "at.product(out, change, weight, base, -sign * self.scale)",
     ),
     Fault(
         "feedback-sign",
         "sign",
         DYNAMICS,
-        "feedback(at, child, deviation, 1.0, INFERENCE_RATE)",
-        "feedback(at, child, deviation, -1.0, INFERENCE_RATE)",
+        "pull(variable, variable, boost, INFERENCE_RATE)",
+        "pull(variable, variable, -boost, INFERENCE_RATE)",
     ),
     Fault(
-        "own-error-sign", "sign", DYNAMICS, "weighted_error(index), -1.0, ", "weighted_error(index), 1.0, "
+        "own-error-sign",
+        "sign",
+        DYNAMICS,
+        "not pulls_first:\n        at.add(variable, variable, own, -boost",
+        "not pulls_first:\n        at.add(variable, variable, own, boost",
     ),
-    Fault("weight-gradient-sign", "sign", DENSE, "source, gated, scale=-1.0", "source, gated, scale=1.0"),
+    Fault(
+        "weight-gradient-sign",
+        "sign",
+        DENSE,
+        "source, gated, scale=-self.scale",
+        "source, gated, scale=self.scale",
+    ),
     Fault(
         "bias-gradient-sign",
         "sign",
@@ -135,7 +152,13 @@ FAULTS = (
         "INFERENCE_RATE: inference.rate,",
         "INFERENCE_RATE: inference.rate**2,",
     ),
-    Fault("precision-forgotten", "derivative", DENSE, "at.weighted_error(index)", 'at.node("error", index)'),
+    Fault(
+        "precision-forgotten",
+        "derivative",
+        DENSE,
+        "signal = at.weighted_error(index) if",
+        'signal = at.node("error", index) if',
+    ),
     Fault(
         "prediction-from-the-wrong-neighbour",
         "shift",
@@ -146,31 +169,31 @@ FAULTS = (
     Fault(
         "feedback-from-two-layers-up",
         "shift",
-        ASSEMBLE,
-        "for child in (index + 1,) if child in charged",
-        "for child in (index + 1, index + 2) if child in charged",
+        STEPS,
+        "child = index + 1\n",
+        "child = min(index + 2, at.last)\n",
     ),
-    Fault("own-error-not-recomputed", "stale", ASSEMBLE, "elif index in self.reach.moved:", "elif False:"),
+    Fault("own-error-not-recomputed", "stale", STEPS, "elif index in at.reach.moved:", "elif False:"),
     Fault(
         "slope-at-the-anchor",
         "stale",
-        ASSEMBLE,
-        'return self.node("drive", index), self.prediction(index)',
+        STATE,
+        "return drive, self.prediction(index)",
         'return self.node("anchor_drive", index), self.anchor(index)',
     ),
     Fault(
         "gradient-of-the-initial-activity",
         "stale",
-        ASSEMBLE,
-        'if index in self.clamped or self.inference.prediction == "fixed":',
+        STATE,
+        'if index in self.clamped or self.inference.prediction == "fixed" or self.at_anchor:',
         "if True:",
     ),
     Fault(
         "gate-without-derivative",
         "derivative",
         DENSE,
-        'return at.derivative(at.node("gated", index), error, drive, prediction, self.output_function)',
-        "return error",
+        'return at.derivative(at.node("gated", index), signal, drive, prediction, self.output_function)',
+        "return signal",
     ),
     Fault(
         "feedback-without-derivative",
@@ -189,14 +212,14 @@ FAULTS = (
     Fault(
         "clamped-node-moves",
         "clamp",
-        ASSEMBLE,
-        "frozenset(range(len(self.net.nodes))) - clamped",
+        STATE,
+        "frozenset(range(len(self.net.nodes))) - self.clamped",
         "frozenset(range(len(self.net.nodes)))",
     ),
     Fault(
         "start-taken-for-the-prediction",
         "clamp",
-        ASSEMBLE,
+        STATE,
         "if index not in self.given or index == 0:",
         "if True:",
     ),
@@ -213,6 +236,107 @@ FAULTS = (
         "pctt/groups.py",
         "(layer.bias, widths[i]) if joins",
         "(widths[i],) if joins",
+    ),
+    Fault(
+        "nudge-pulls-from-a-moved-activity",
+        "variants",
+        DYNAMICS,
+        "pulls_first = own != variable and (at.incremental or index == at.last)",
+        "pulls_first = own != variable and at.incremental",
+    ),
+    Fault(
+        "heun-of-first-order",
+        "variants",
+        DYNAMICS,
+        "at.add(variable, start, slope, -0.5, INFERENCE_RATE)",
+        "at.add(variable, start, slope, -0.55, INFERENCE_RATE)",
+    ),
+    Fault(
+        "noise-without-its-two",
+        "variants",
+        "pctt/inference/settings.py",
+        "math.sqrt(2.0 * knobs.rate",
+        "math.sqrt(1.0 * knobs.rate",
+    ),
+    Fault(
+        "nudge-not-divided-out",
+        "variants",
+        STATE,
+        "return PER_SAMPLE if self.nudge is None else PER_NUDGE",
+        "return PER_SAMPLE",
+    ),
+    Fault("skip-without-feedback", "variants", DENSE, "at.add(into, into, signal, scale, scalar)", "pass"),
+    Fault(
+        "boost-after-the-arrival",
+        "variants",
+        STATE,
+        "self.inference.wave_boost if index not in self.visited",
+        "self.inference.wave_boost if index in self.visited",
+    ),
+    Fault(
+        "centred-pair-of-one-side",
+        "variants",
+        ENGINE,
+        "self._set_nudge(-self._nudge, 2.0)",
+        "self._set_nudge(self._nudge, 2.0)",
+    ),
+    Fault(
+        "incremental-adam-starts-again",
+        "variants",
+        ENGINE,
+        "(step - 1) * self.program.num_steps",
+        "0",
+    ),
+    Fault(
+        "chain-down-pushes",
+        "bidirectional",
+        "pctt/bidirectional.py",
+        "steps.add_scaled(self.up, error, into, addend, -scale, scalar)",
+        "steps.add_scaled(self.up, error, into, addend, scale, scalar)",
+    ),
+    Fault(
+        "amortiser-learns-the-start",
+        "bidirectional",
+        "pctt/bidirectional.py",
+        "self._show_down(initial=False)",
+        "self._show_down(initial=True)",
+    ),
+    Fault(
+        "variance-of-the-root",
+        "energies",
+        REFERENCE,
+        "variance.add_(aim - variance,",
+        "variance.add_(aim.sqrt() - variance,",
+    ),
+    Fault(
+        "log-determinant-halved",
+        "energies",
+        "pctt/energies.py",
+        "return float(torch.linalg.slogdet(self.matrix(units)).logabsdet)",
+        "return 0.5 * float(torch.linalg.slogdet(self.matrix(units)).logabsdet)",
+    ),
+    Fault(
+        "scale-forgets-depth",
+        "scaling",
+        "pctt/scaling.py",
+        "(depth if net.layers[number - 1].skip else 1)",
+        "1",
+    ),
+    Fault(
+        "contradictions-unchecked",
+        "stopping",
+        "pctt/inference/settings.py",
+        "if _holds(self, one) and _holds(self, other):",
+        "if False:",
+    ),
+    Fault("spectrum-of-the-first-sample", "theory", "pctt/theory.py", "largest.max()", "largest[0]"),
+    Fault("precision-for-variance", "theory", "pctt/theory.py", "1.0 / precision if", "precision if"),
+    Fault(
+        "card-drift-reaches-padding",
+        "card",
+        LOWERING,
+        'self._binary("multiply", source, self._own(a), self._mask(layer - 1))',
+        'self._emit("unary", source, self._own(a))',
     ),
     Fault("adam-betas-swapped", "learning", REFERENCE, 'beta1=options["beta1"]', 'beta1=options["beta2"]'),
     Fault(
@@ -238,8 +362,8 @@ FAULTS = (
         "twin-loss-without-half",
         "twin",
         "pctt/backprop.py",
-        "return 0.5 * ((precision",
-        "return 1.0 * ((precision",
+        "return 0.5 * ((weighted",
+        "return 1.0 * ((weighted",
     ),
     Fault(
         "card-feedback-through-w",
@@ -256,7 +380,7 @@ FAULTS = (
         '"subtract" if other * scale < 0 else "add", step',
         '"add", step',
     ),
-    Fault("card-padding-counts", "card", LOWERING, 'if _role(out) == "deviation":', "if False:"),
+    Fault("card-padding-counts", "card", LOWERING, "if self._is_masked(i):", "if False:"),
     Fault(
         "card-rounds-to-zero",
         "card",
@@ -290,8 +414,8 @@ FAULTS = (
         "every-epoch-in-the-same-order",
         "resume",
         "pctt/run.py",
-        "SeedSequence([self.seed, epoch])",
-        "SeedSequence([self.seed, 0])",
+        "manual_seed(_seed(self.seed, epoch))",
+        "manual_seed(_seed(self.seed, 0))",
     ),
     Fault(
         "checkpoint-written-in-place",

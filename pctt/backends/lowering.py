@@ -27,16 +27,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from pctt.activations import LEAKY_SLOPE, activation
 from pctt.backends.precision import BYTES, PrecisionPolicy
 from pctt.energies import Categorical
-from pctt.groups import Layout, padded
+from pctt.groups import Layout, is_row, padded
 from pctt.program import (
     BATCH,
     LEARNING_RATE,
     LEARNING_STEP,
+    NUDGE,
     Buffer,
     Instruction,
     Program,
@@ -156,6 +158,24 @@ def is_reordered(buffer: CardBuffer, slot: Slot, columns: int) -> bool:
     return first // columns != last // columns and first % columns != 0
 
 
+ADAMS = ("adam", "adamw")
+
+
+def _not_run(i: Instruction) -> str | None:
+    """What an instruction stands for that the card backends do not run."""
+    if i.op in ADAMS and "@layers" not in i.out[0].buffer:
+        return "dynamics='adam'"
+    if i.op == "product" and i.inputs[1].buffer.startswith("precision"):
+        return "a full precision"
+    words = {
+        "clip": "clip_norm",
+        "noise": "dynamics='langevin'",
+        "step_control": "dynamics='heun'",
+        "variance": "a learned variance",
+    }
+    return "nudge" if NUDGE in (i.scalar or "") else words.get(i.op)
+
+
 class Lowering:
     """Rewrites one program; `lower` is the way in."""
 
@@ -168,6 +188,8 @@ class Lowering:
         self.code: list[Instruction] = []
         self.pending: dict[Slot, list[tuple[Slot, float, str | None]]] = {}
         self.position = "", 0  # section and number of the instruction that is being rewritten
+        in_errors = any(name.startswith("adjoint@") for name in program.buffers)
+        self.states = ("deviation", "initial", "error") if in_errors else ("deviation", "initial")
         self.moved: dict[Slot, Slot] = {}  # where a value lies that a slot of the program names
         self.nodes = {(f"nodes{stack}", at): i for i, (stack, at) in enumerate(layout.nodes)}
         self.nodes |= {(f"sums{stack}", at): i for i, (stack, at) in enumerate(layout.nodes)}
@@ -176,14 +198,14 @@ class Lowering:
         self._check()
 
     def lower(self) -> Program:
-        names = ("initialise", "measure_initial", "finish", "measure", "gradients", "update")
+        names = ("initialise", "measure_initial", "finish", "measure", "gradients", "update", "sweep")
         sections = {name: list(_singles(getattr(self.program, name))) for name in names}
         sections |= {f"step{i}": list(_singles(code)) for i, code in enumerate(self.program.steps)}
         sections = {name: [self._without_unused(i) for i in code] for name, code in sections.items()}
-        life = _Life(sections)
+        life = _Life(sections, self.program.walk)
         sections = {name: life.without_dead(name) for name in sections}
         sections = {name: self._through_product(code) for name, code in sections.items()}
-        self.life = _Life(sections)
+        self.life = _Life(sections, self.program.walk)
         self.predicted = {  # layers whose predictions inference recomputes
             self._index(i.out[0])
             for code in sections.values()
@@ -207,6 +229,10 @@ class Lowering:
     # --- preparation ----------------------------------------------------------------------------------------
 
     def _check(self) -> None:
+        if self.net.backward is not None:
+            raise ValueError(
+                "backward layers are not run by the card backends; drop them, or use backend='reference'."
+            )
         for layer, name in zip(self.net.layers, self.net.names, strict=True):
             if isinstance(layer.energy, Categorical) or layer.activation == "softmax":
                 raise ValueError(
@@ -218,10 +244,17 @@ class Lowering:
                     f"layer {name!r} has activation {layer.activation!r}, which the card backends do not "
                     f"run; use one of {', '.join(sorted(KNOWN))}, or backend='reference'."
                 )
-        if any(i.op == "clip" for i in self.program.update):
-            raise ValueError(
-                "clip_norm is not run by the card backends; drop it, or use backend='reference'."
-            )
+            if layer.scale != 1.0 or layer.skip:
+                raise ValueError(
+                    f"layer {name!r} has a scale or a skip, which the card backends do not run; drop "
+                    "it, or use backend='reference'."
+                )
+        steps = [i for code in self.program.steps for i in code]
+        for i in (*self.program.initialise, *steps, *self.program.gradients, *self.program.update):
+            if what := _not_run(i):
+                raise ValueError(
+                    f"{what} is not run by the card backends; drop it, or use backend='reference'."
+                )
 
     @staticmethod
     def _without_unused(instruction: Instruction) -> Instruction:
@@ -285,6 +318,10 @@ class Lowering:
         buffer = replace(self.layout.node(role, index)[1], name=f"{role}@apart{index}", count=1)
         return self._made(Slot(buffer.name, 0, 1), buffer, **fields)
 
+    def _mask(self, index: int) -> Slot:
+        """1 where a sample and a unit of node `index` are, 0 in the padding."""
+        return self._node("mask", index, content="mask")
+
     def _layer(self, role: str, index: int, **fields: Any) -> Slot:
         slot, buffer = self.layout.layer(role, index)
         return self._made(slot, buffer, **fields)
@@ -316,9 +353,7 @@ class Lowering:
                 spread = members[0] in self.layout.apart
             else:
                 spread = home.startswith("apart") or self.layout.is_apart(members[0])
-            fields.setdefault(
-                "format", self.policy.format(_role(slot)) if "@sums" not in slot.buffer else "float32"
-            )
+            fields.setdefault("format", self._default_format(_role(slot), slot))
             entry = CardBuffer(
                 buffer.name,
                 len(members),
@@ -330,6 +365,11 @@ class Lowering:
             )
             self.buffers[slot.buffer] = entry
         return slot
+
+    def _default_format(self, role: str, slot: Slot) -> str:
+        if "@sums" in slot.buffer:
+            return "float32"
+        return self.policy.states if role == "error" and role in self.states else self.policy.format(role)
 
     def _turned(self, role: str, index: int, **fields: Any) -> Slot:
         """A slot for the transposed weights of a layer."""
@@ -416,10 +456,9 @@ class Lowering:
         """The slot of the program whose value a slot beside a layer carries."""
         return self.layout.node(_role(slot).removesuffix("^"), self._index(slot))[0]
 
-    @staticmethod
-    def _adds(instruction: Instruction) -> bool:
+    def _adds(self, instruction: Instruction) -> bool:
         """Whether `instruction` is a step of a state: out = out + s (...)."""
-        if _role(instruction.out[0]) != "deviation":
+        if _role(instruction.out[0]) not in self.states:
             return False
         return (instruction.op == "add" and instruction.inputs[0] == instruction.out[0]) or (
             instruction.op == "product_transposed" and instruction.inputs[-1] == instruction.out[0]
@@ -473,9 +512,25 @@ class Lowering:
             self.pending.setdefault(i.out[0], []).append((self._own(i.inputs[1]), i.scale, i.scalar))
             return
         out, (a, b) = self._own(i.out[0]), (self._value(slot) for slot in i.inputs)
+        if i.scalar is not None and is_row(_role(i.inputs[1])):
+            # a row that is added to a state must not reach padding
+            index = self._index(out)
+            rows = self._binary("multiply", self._node("scratch", index), self._mask(index), b)
+            self._accumulate(out, a, rows, i.scale, i.scalar)
+            return
         self._accumulate(out, a, b, i.scale, i.scalar)
-        if _role(out) == "deviation":  # of a given node: padding must not count as an error
-            self._binary("multiply", out, out, self._node("mask", self._index(out), content="mask"))
+        if self._is_masked(i):  # padding must not count as an error
+            self._binary("multiply", out, out, self._mask(self._index(i.out[0])))
+
+    def _is_masked(self, i: Instruction) -> bool:
+        """Whether padding comes out of `i` that is not 0: where a node is given an activity, 0 in the
+        padding, and its prediction there is not.
+        """
+        index = self._index(i.out[0])
+        if _role(i.out[0]) == "change" and 0 < index < len(self.program.starts):
+            start, end = self.program.starts[index], self.program.ends[index]
+            return _role(start) == "initial" and _role(end) == "activity"
+        return _role(i.inputs[0]) == "initial" and _role(i.inputs[1]) == "anchor"
 
     def _multiply(self, i: Instruction) -> None:
         self._binary("multiply", self._own(i.out[0]), *(self._value(slot) for slot in i.inputs))
@@ -491,7 +546,7 @@ class Lowering:
         if (
             i.function == "sigmoid" and self.net.widths[index] % TILE
         ):  # sigmoid(0) is not 0: keep padding empty
-            self._binary("multiply", out, out, self._node("mask", index, content="mask"))
+            self._binary("multiply", out, out, self._mask(index))
 
     def _joined(self, i: Instruction, out: Slot, a: Slot, chain: Chain) -> bool:
         """Whether the function could join the operation that has just written its argument."""
@@ -526,7 +581,12 @@ class Lowering:
     def _product(self, i: Instruction) -> None:
         a, weight, *addend = i.inputs
         layer, out = self._index(weight), self._own(i.out[0])
-        operands = self._sent(a), self._layer("operand", layer)
+        if _role(weight) == "weight":
+            operands = self._sent(a), self._layer("operand", layer)
+        else:  # a change of the weights, which must not reach padding
+            source = self._above("sent", layer - 1)
+            self._binary("multiply", source, self._own(a), self._mask(layer - 1))
+            operands = source, self._emit("unary", self._layer("changed", layer), self._own(weight))
         direct = (not addend or _role(addend[0]) == "bias") and not self._parted(layer)
         product = self._emit("matmul", out if direct else self._below("product", layer), *operands)
         if not addend:
@@ -543,6 +603,9 @@ class Lowering:
         layer = self._index(weight)
         feedback = self._above("feedback", layer - 1)
         self._emit("matmul", feedback, self._received(v), self._turned("transposed", layer))
+        if not addend and _role(i.out[0]) == "adjoint":  # is a sum, a state's step and a source: so at home
+            self._emit("unary", self._own(i.out[0]), feedback)
+            return
         if not addend:
             self.moved[i.out[0]] = feedback
             return
@@ -585,6 +648,8 @@ class Lowering:
         if state:
             change = self._accumulate(state[0], change, state[0], options["momentum"], None)
         self._accumulate(weight, weight, change, -1.0, i.scalar)
+        if self.position[0].startswith("step") and _role(weight) == "weight":
+            self._renew(self._index(weight))
 
     def _adam(self, i: Instruction) -> None:
         (weight, first, second), options = [self._own(slot) for slot in i.out], dict(i.options)
@@ -633,12 +698,13 @@ class Lowering:
     def _refresh(self) -> None:
         """The copies of the weights that products read, from the weights that learning changes."""
         for index in range(1, len(self.net.layers) + 1):
-            group = self.layout.layers[index - 1][0]
-            roles = [role for role in ("operand", "transposed") if f"{role}@layers{group}" in self.buffers]
-            if not roles:
-                continue
-            weight = self._layer("weight", index)
-            operand = self._emit("unary", self._layer("operand", index), weight)
+            self._renew(index)
+
+    def _renew(self, index: int) -> None:
+        group = self.layout.layers[index - 1][0]
+        roles = [role for role in ("operand", "transposed") if f"{role}@layers{group}" in self.buffers]
+        if roles:
+            operand = self._emit("unary", self._layer("operand", index), self._layer("weight", index))
             if "transposed" in roles:
                 self._emit("transpose", self._turned("transposed", index), operand)
 
@@ -685,9 +751,9 @@ READ_BY_HOST = ("activity", "error", "initial", "anchor")
 class _Life:
     """Which values are read before they are overwritten, over all paths through the sections."""
 
-    def __init__(self, sections: dict[str, list[Instruction]]) -> None:
+    def __init__(self, sections: dict[str, list[Instruction]], walk: tuple[int, ...]) -> None:
         self.sections = sections
-        steps = [name for name in sections if name.startswith("step")]
+        steps = [f"step{kind}" for kind in dict.fromkeys(walk)]
         self.following: dict[str, list[str]] = {
             "initialise": ["measure_initial"],
             "measure_initial": [*steps[:1], "finish"],
@@ -695,9 +761,12 @@ class _Life:
             "measure": [*steps, "finish", "gradients"],
             "gradients": ["update"],
             "update": ["initialise"],
+            "sweep": [],
         }
-        for index, name in enumerate(steps):
-            self.following[name] = [name, *steps[index + 1 : index + 2], "measure", "finish"]
+        for name in steps:
+            self.following[name] = ["measure", "finish"]
+        for now, then in dict.fromkeys(pairwise(f"step{kind}" for kind in walk)):
+            self.following[now].append(then)
 
     def dead(self, section: str, position: int, slot: Slot) -> bool:
         """Whether the value of `slot` after that instruction is never read."""
@@ -712,7 +781,7 @@ class _Life:
                 if slot in instruction.out:
                     break
             else:
-                if name == "finish" and _role(slot) in READ_BY_HOST:
+                if name in ("finish", "sweep") and _role(slot) in READ_BY_HOST:
                     return False
                 ahead += [(other, 0) for other in self.following[name] if other not in seen]
                 seen.update(self.following[name])

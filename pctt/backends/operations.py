@@ -5,9 +5,10 @@ Tensors are slices [n, B, D] of stacked buffers, one entry per node or layer; we
 where the operation is elementwise, or the addend.
 
     fill                out = scale
-    copy                out = a
+    copy                out = s a
     add                 out = a + s b
-    multiply            out = a . b                     b may be one row, [1, 1, D]
+    multiply            out = a . b                     b may be one row, [1, 1, D], or one column, [1, B, 1]
+    noise               out = a + s n                   n drawn from N(0, 1); option node: whose draws
     activate            out = f(a)
     derivative          out = J_f(z)' v                 inputs v, z, y = f(z)
     product             out = addend + s a W            the addend may be missing; a bias row is broadcast
@@ -18,6 +19,8 @@ where the operation is elementwise, or the addend.
     cross_entropy       out[n] = sum of KL(a || softmax(z)) over the batch
     clip                every out scaled so that their joint norm, per layer, is at most `scale`
     sgd, adam, adamw    outs (weight, state ...) updated from the input (gradient): see learning/rules.py
+    step_control        outs (factor, accepted), [1, B, 1]: see inference/dynamics.py, heun_acceptance
+    variance            outs (v, P): v += adaptation (mean square - v), P = 1 / v: see energies.py
 """
 
 from __future__ import annotations
@@ -99,6 +102,10 @@ class Backend(Protocol):
 
     def read(self, buffer: Any, slot: Slot) -> Tensor:
         """A copy on the host of the entries of a slot, with the first axis and all padding."""
+        ...
+
+    def seed(self, seed: int) -> None:
+        """Makes the draws that follow a function of `seed`, of the node and of how many it has had."""
         ...
 
     def synchronise(self) -> None:

@@ -96,6 +96,9 @@ class Placed:
             return values[:, 0].double().sum(-1).view(-1, 1, 1)
         return values[:, :1] if entry.rows == 1 else values
 
+    def seed(self, seed: int) -> None:
+        """Nothing here is random: lowering refuses noise."""
+
     def put(self, tensor: Any, buffer: CardBuffer, index: int, values: Tensor) -> None:
         """Host to entry `index`; values fp32, [rows, columns] with all padding."""
         raise NotImplementedError

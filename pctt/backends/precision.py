@@ -12,13 +12,13 @@ FIDELITIES = ("LoFi", "HiFi2", "HiFi3", "HiFi4")
 BYTES = {"float32": 4, "bfloat16": 2}
 
 _ROLES = {
-    "states": ("deviation", "velocity", "step"),
+    "states": ("deviation", "velocity", "prior", "step"),
     "anchors": (
         *("initial", "anchor", "anchor_drive", "anchor_source", "activity", "source", "drive", "prediction"),
-        *("transposed_activity", "product", "square", "mask", "scratch"),
+        *("transposed_activity", "product", "square", "mask", "scratch", "drift", "shifted"),
     ),
-    "operands": ("error", "weighted_error", "gated", "feedback", "change", "sent", "ones"),
-    "weights": ("operand", "transposed"),
+    "operands": ("error", "weighted_error", "gated", "feedback", "adjoint", "change", "sent", "ones"),
+    "weights": ("operand", "transposed", "changed"),
     "masters": (
         *("weight", "weight_gradient", "weight_momentum", "weight_first_moment", "weight_second_moment"),
         *("bias", "bias_gradient", "bias_momentum", "bias_first_moment", "bias_second_moment", "precision"),

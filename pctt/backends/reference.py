@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pctt.activations import LEAKY_SLOPE
 from pctt.backends.operations import BackendUnavailable, one_after_the_other
+from pctt.energies import VARIANCE_FLOOR
 from pctt.groups import Layout, layout
 from pctt.network import Network
 from pctt.program import LEARNING_STEP, Buffer, Instruction, Program, Slot
@@ -66,6 +68,8 @@ class Reference:
                 f"the reference backend computes in float32 or float64, got {dtype}; convert the weights."
             )
         self.dtype = dtype
+        self._seed = 0
+        self._generators: dict[int, torch.Generator] = {}
         self.device = torch.device("cpu" if device is None else device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise BackendUnavailable(
@@ -109,6 +113,10 @@ class Reference:
     def read(self, buffer: Tensor, slot: Slot) -> Tensor:
         return buffer[slot.start : slot.stop].cpu().clone()
 
+    def seed(self, seed: int) -> None:
+        self._seed = seed
+        self._generators.clear()
+
     def synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -120,7 +128,25 @@ class Reference:
 
         outs = [tensor(slot) for slot in instruction.out]
         inputs = [tensor(slot) for slot in instruction.inputs]
+        if instruction.op == "noise":
+            return self._noise(instruction, outs[0], inputs[0], scalars)
         return OPERATIONS[instruction.op](instruction, outs, inputs, scalars)
+
+    def _noise(self, instruction: Instruction, out: Tensor, a: Tensor, scalars: Scalars) -> Call:
+        node = dict(instruction.options)["node"]
+        draws = torch.empty_like(out)
+
+        def run(factor: float) -> None:
+            draws.normal_(generator=self._generator(node))
+            torch.add(a, draws, alpha=factor, out=out)
+
+        return _with_factor(instruction, scalars, run)
+
+    def _generator(self, node: int) -> torch.Generator:
+        if node not in self._generators:
+            entropy = np.random.SeedSequence([self._seed, node]).generate_state(1, np.uint64)[0]
+            self._generators[node] = torch.Generator(self.device).manual_seed(int(entropy >> np.uint64(1)))
+        return self._generators[node]
 
 
 # Each operation below takes the tensors of its slots, [B, D] or [n, B, D], and returns the call that runs it.
@@ -139,7 +165,9 @@ def _fill(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], sc
 
 
 def _copy(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars) -> Call:
-    return partial(outs[0].copy_, inputs[0])
+    if instruction.scale == 1.0 and instruction.scalar is None:
+        return partial(outs[0].copy_, inputs[0])
+    return _with_factor(instruction, scalars, lambda factor: torch.mul(inputs[0], factor, out=outs[0]))
 
 
 def _add(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars) -> Call:
@@ -264,9 +292,10 @@ def _adam(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], sc
     kernel = getattr(torch, f"_fused_{instruction.op}_")
     options = dict(instruction.options)
     step = torch.zeros((), dtype=torch.float32, device=weight.device)
+    counter = options.get("step", LEARNING_STEP)
 
     def run(rate: float) -> None:
-        step.fill_(scalars[LEARNING_STEP])
+        step.fill_(scalars[counter])
         kernel(
             [weight],
             [gradient],
@@ -286,6 +315,33 @@ def _adam(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], sc
     return _with_factor(instruction, scalars, run)
 
 
+def _step_control(
+    instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars
+) -> Call:
+    (factor, accepted), tolerance = outs, dict(instruction.options)["tolerance"]
+    units = sum(estimate.shape[-1] for estimate in inputs)
+
+    def run(scale: float) -> None:
+        squares = sum((estimate * estimate).sum(-1, keepdim=True) for estimate in inputs)
+        assert isinstance(squares, Tensor)
+        excess = scale * (squares / units).sqrt() / tolerance
+        torch.le(excess, 1.0, out=accepted)
+        factor.mul_((0.9 * excess.clamp_min(1e-30).rsqrt()).clamp(0.2, 5.0))
+
+    return _with_factor(instruction, scalars, run)
+
+
+def _variance(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars) -> Call:
+    (variance, precision), (target,), options = outs, inputs, dict(instruction.options)
+
+    def run() -> None:
+        aim = target.mean(-1, keepdim=True) if options["scalar"] else target
+        variance.add_(aim - variance, alpha=options["adaptation"]).clamp_min_(VARIANCE_FLOOR)
+        torch.reciprocal(variance, out=precision)
+
+    return run
+
+
 OPERATIONS: dict[str, Build] = {
     "fill": _fill,
     "copy": _copy,
@@ -303,4 +359,6 @@ OPERATIONS: dict[str, Build] = {
     "sgd": _sgd,
     "adam": _adam,
     "adamw": _adam,
+    "step_control": _step_control,
+    "variance": _variance,
 }

@@ -1,8 +1,8 @@
 """The dense layer and its local rules.
 
-    t = f_in(x_{l-1}),   z = t W + b,   mu_l = f_out(z)
-    feedback to x_{l-1}:  f_in'(x_{l-1}) . (v W'),   v = f_out'(z) . P e_l
-    gradient:             dF/dW = -t' v,   dF/db = -sum v
+    t = f_in(x_{l-1}),   z = s t W + b,   mu_l = f_out(z)  (+ x_{l-1} with a skip)
+    feedback to x_{l-1}:  f_in'(x_{l-1}) . (s v W')  (+ P e_l),   v = f_out'(z) . P e_l
+    gradient:             dF/dW = -s t' v,   dF/db = -sum v
 
 One of f_in and f_out is the identity: `activate="output"` is mu = f(x W + b) (Whittington-style networks in
 torch, PCX), `activate="input"` is mu = f(x) W + b (Song et al., Bogacz; docs/mathematics.md, placements A and
@@ -14,13 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from pctt._checks import require_count, require_one_of
+from pctt._checks import require_count, require_finite_positive, require_one_of
 from pctt.activations import activation
 from pctt.energies import Categorical, Energy, Gaussian
-from pctt.program import PER_SAMPLE, Slot
+from pctt.program import Slot
 
 if TYPE_CHECKING:
-    from pctt.assemble import Assembler
+    from pctt.state import AbstractState
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Dense:
 
     activation: identity, tanh, relu, leaky_relu, sigmoid, gelu, silu, hard_tanh; softmax at the last layer.
     bias: whether b is there.    activate: "output" for mu = f(x W + b), "input" for mu = f(x) W + b.
-    energy: `Gaussian(precision)` or, at the last layer, `Categorical()`, whose prediction is a softmax: with
+    energy: `Gaussian(...)` or, at the last layer, `Categorical()`, whose prediction is a softmax: with
     activate="output" name it (activation="softmax"), with activate="input" it is applied to f(x) W + b.
+    scale: s, a constant factor on the weights (`pctt.mupc` sets it).
+    skip: add the activity below to the prediction; takes activate="input" and equal widths (He et al. 2016).
     name: of the layer and of the node it predicts; given by the network when None.
     """
 
@@ -39,6 +41,8 @@ class Dense:
     bias: bool = True
     activate: str = "output"
     energy: Energy = field(default_factory=Gaussian)
+    scale: float = 1.0
+    skip: bool = False
     name: str | None = None
 
     kind: ClassVar[str] = "dense"
@@ -49,6 +53,13 @@ class Dense:
         require_one_of("activate", self.activate, ("output", "input"))
         if not isinstance(self.energy, (Gaussian, Categorical)):
             raise ValueError(f"energy must be Gaussian(...) or Categorical(), got {self.energy!r}.")
+        require_finite_positive("scale", self.scale)
+        if not isinstance(self.skip, bool):
+            raise ValueError(f"skip must be True or False, got {self.skip!r}.")
+        if self.skip and (self.activate != "input" or isinstance(self.energy, Categorical)):
+            raise ValueError(
+                "skip adds the activity below to mu = f(x) W + b; use activate='input' and a Gaussian energy."
+            )
         if self.name is not None and not isinstance(self.name, str):
             raise ValueError(f"name must be a string, got {self.name!r}.")
 
@@ -60,11 +71,8 @@ class Dense:
                     "a categorical energy needs predictions that are distributions, got activation "
                     f"{self.activation!r}; use Dense({self.units}, 'softmax', energy=Categorical())."
                 )
-        elif isinstance(self.energy.precision, tuple) and len(self.energy.precision) != self.units:
-            raise ValueError(
-                f"precision must be one number or {self.units} (one per unit), got "
-                f"{len(self.energy.precision)}."
-            )
+        else:
+            self.energy.check(self.units)
         if self.activate == "input" and self.activation == "softmax":
             raise ValueError("softmax is a function of the last layer's output; use activate='output'.")
 
@@ -78,28 +86,47 @@ class Dense:
             return "softmax"
         return self.activation if self.activate == "output" else "identity"
 
-    def weight_shapes(self, fan_in: int) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {"weight": (fan_in, self.units)}
-        return {**shapes, "bias": (self.units,)} if self.bias else shapes
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the weights that descend a gradient."""
+        return ("weight", "bias") if self.bias else ("weight",)
 
-    def anchor(self, at: Assembler, index: int) -> None:
+    @property
+    def learns_variance(self) -> bool:
+        return isinstance(self.energy, Gaussian) and self.energy.learned is not None
+
+    def weight_shapes(self, fan_in: int) -> dict[str, tuple[int, ...]]:
+        """Everything that learning changes: what descends a gradient, and a learned variance."""
+        shapes: dict[str, tuple[int, ...]] = {"weight": (fan_in, self.units)}
+        if self.bias:
+            shapes["bias"] = (self.units,)
+        return {**shapes, "variance": (self.units,)} if self.learns_variance else shapes
+
+    def anchor(self, at: AbstractState, index: int) -> None:
         """The prediction from the initial activities, which the deviations refer to."""
-        source = at.initial_activity(index - 1)
+        activity = source = at.initial_activity(index - 1)
         if self.input_function != "identity":
             source = at.activate(at.node("anchor_source", index - 1), source, self.input_function)
         prediction = at.anchor(index)
         drive = prediction if self.output_function == "identity" else at.node("anchor_drive", index)
-        at.product(drive, source, at.layer("weight", index), at.layer("bias", index) if self.bias else None)
+        bias = at.layer("bias", index) if self.bias else None
+        at.product(drive, source, at.layer("weight", index), bias, self.scale)
         if self.output_function != "identity":
             at.activate(prediction, drive, self.output_function)
+        if self.skip:
+            at.add(prediction, prediction, activity)
 
-    def predict(self, at: Assembler, index: int) -> Slot:
-        """What the prediction has changed by since the anchor, as the error it leaves: e = d - (mu - anchor).
+    def predict(self, at: AbstractState, index: int, out: Slot, base: Slot, sign: float) -> Slot:
+        """out = base + sign (mu - anchor): what the prediction has changed by since the anchor.
 
-        Only the change of the source goes through the weights (docs/mathematics.md, "Low precision"). Returns
-        the slot of mu, which is `error` itself where one product with the deviation as addend gives the
-        error.
+        With base d and sign -1 that is the error e = d - (mu - anchor); with base e and sign 1 the deviation
+        that belongs to an error. Only the change of the source goes through the weights
+        (docs/mathematics.md, "Low precision"). Returns the slot of mu, or `out` itself where one product
+        gives that.
         """
+        weight = at.layer("weight", index)
+        if not at.has_moved(index - 1):  # only the weights have
+            return self._predict_from_drift(at, index, out, base, sign)
         if self.input_function == "identity":
             change = at.change(index - 1)
         else:
@@ -109,46 +136,78 @@ class Dense:
             source = at.activate(at.node("source", index - 1), activity, self.input_function)
             anchor_source = at.node("anchor_source", index - 1)
             change = at.add(at.node("change", index - 1), source, anchor_source, scale=-1.0)
-        weight, error, deviation = (
-            at.layer("weight", index),
-            at.node("error", index),
-            at.node("deviation", index),
-        )
         if self.output_function == "identity":
-            return at.product(error, change, weight, deviation, scale=-1.0)
-        drive = at.product(at.node("drive", index), change, weight, at.node("anchor_drive", index))
+            if at.drifting:
+                shifted = at.product(at.node("shifted", index), change, weight, at.drift(index), self.scale)
+                at.add(out, base, shifted, sign)
+            else:
+                at.product(out, change, weight, base, sign * self.scale)
+            return at.add(out, out, at.shift(index - 1), sign) if self.skip else out
+        drive = at.product(
+            at.node("drive", index), change, weight, at.node("anchor_drive", index), self.scale
+        )
+        return self._activated(at, index, drive, out, base, sign)
+
+    def _predict_from_drift(self, at: AbstractState, index: int, out: Slot, base: Slot, sign: float) -> Slot:
+        if self.output_function == "identity":
+            return at.add(out, base, at.drift(index), sign)
+        return self._activated(at, index, at.drift(index), out, base, sign)
+
+    def _activated(
+        self, at: AbstractState, index: int, drive: Slot, out: Slot, base: Slot, sign: float
+    ) -> Slot:
         prediction = at.activate(at.prediction(index), drive, self.output_function)
         if not at.floats(index):
-            at.add(error, prediction, at.anchor(index), scale=-1.0)
-            at.add(error, deviation, error, scale=-1.0)
+            at.add(out, prediction, at.anchor(index), scale=-1.0)
+            at.add(out, base, out, scale=sign)
         return prediction
 
-    def feedback(self, at: Assembler, index: int, into: Slot, scale: float, scalar: str | None) -> None:
-        """into += scale * scalars[scalar] * (vector-Jacobian product of P e_l with respect to x_{l-1})."""
-        gated, weight = self.gate(at, index), at.layer("weight", index)
+    def feedback(
+        self,
+        at: AbstractState,
+        index: int,
+        into: Slot,
+        addend: Slot | None,
+        scale: float,
+        scalar: str | None,
+        signal: Slot | None = None,
+    ) -> None:
+        """into = addend + scale * scalars[scalar] * (vector-Jacobian product with respect to x_{l-1}).
+
+        addend: `into` itself, or None for 0.    signal: the vector, [B, units] of node l; None for P e_l.
+        """
+        signal = at.weighted_error(index) if signal is None else signal
+        gated, weight = self.gate(at, index, signal), at.layer("weight", index)
         if self.input_function == "identity":
-            at.product_transposed(into, gated, weight, into, scale, scalar)
+            at.product_transposed(into, gated, weight, addend, scale * self.scale, scalar)
+            if self.skip:
+                at.add(into, into, signal, scale, scalar)
             return
         drive, source = at.activity_and_source(index - 1)
-        feedback = at.product_transposed(at.node("feedback", index - 1), gated, weight)
+        feedback = at.product_transposed(at.node("feedback", index - 1), gated, weight, None, self.scale)
         at.derivative(feedback, feedback, drive, source, self.input_function)
-        at.add(into, into, feedback, scale, scalar)
+        if self.skip:
+            at.add(feedback, feedback, signal)
+        if addend is None:
+            at.copy(into, feedback, scale, scalar)
+        else:
+            at.add(into, addend, feedback, scale, scalar)
 
-    def gradient(self, at: Assembler, index: int) -> None:
+    def gradient(self, at: AbstractState, index: int) -> None:
         """dF/dW and dF/db, averaged over the batch, into `weight_gradient` and `bias_gradient`."""
-        gated = self.gate(at, index)
+        gated = self.gate(at, index, at.weighted_error(index))
         if self.input_function == "identity":
             source = at.final_activity(index - 1)
         else:
             _, source = at.activity_and_source(index - 1)
-        at.outer(at.layer("weight_gradient", index), source, gated, scale=-1.0, scalar=PER_SAMPLE)
+        scalar = at.gradient_scalar
+        at.outer(at.layer("weight_gradient", index), source, gated, scale=-self.scale, scalar=scalar)
         if self.bias:
-            at.column_sum(at.layer("bias_gradient", index), gated, scale=-1.0, scalar=PER_SAMPLE)
+            at.column_sum(at.layer("bias_gradient", index), gated, scale=-1.0, scalar=scalar)
 
-    def gate(self, at: Assembler, index: int) -> Slot:
-        """v = f_out'(z) . P e; for a categorical energy dF/dz = -e already, so v = e."""
-        error = at.weighted_error(index)
+    def gate(self, at: AbstractState, index: int, signal: Slot) -> Slot:
+        """v = f_out'(z) . signal; for a categorical energy dF/dz = -e already, so v = e."""
         if self.output_function == "identity" or isinstance(self.energy, Categorical):
-            return error
+            return signal
         drive, prediction = at.drive_and_prediction(index)
-        return at.derivative(at.node("gated", index), error, drive, prediction, self.output_function)
+        return at.derivative(at.node("gated", index), signal, drive, prediction, self.output_function)

@@ -11,12 +11,18 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pctt._checks import require_between, require_finite_positive
+from pctt._checks import require_betas, require_between, require_finite_positive
 from pctt.learning.schedules import Constant, Schedule, WarmupCosine
 from pctt.program import LEARNING_RATE, Instruction, Slot
 
 if TYPE_CHECKING:
-    from pctt.assemble import Assembler
+    from pctt.state import AbstractState
+
+
+NO_CHANGE = (
+    "weights_at='every_step' with Adam is not run by the card backends, which would need a number that "
+    "changes at every inference step; use SGD, or backend='reference'."
+)
 
 
 def _check(rule: SGD | Adam | AdamW) -> None:
@@ -29,14 +35,12 @@ def _check(rule: SGD | Adam | AdamW) -> None:
 
 
 def _write(
-    at: Assembler, op: str, state: tuple[str, ...], rule: SGD | Adam | AdamW, **options: float
+    at: AbstractState, op: str, state: tuple[str, ...], rule: SGD | Adam | AdamW, **options: float
 ) -> None:
     """For each layer: clip its gradient, then `op` on its weight and on its bias, each with tensors of its
     own for `state`.
     """
-    parameters = [
-        (index, tuple(layer.weight_shapes(1))) for index, layer in enumerate(at.net.layers, start=1)
-    ]
+    parameters = [(index, layer.trained) for index, layer in enumerate(at.net.layers, start=1)]
     if rule.clip_norm is not None:
         for index, names in parameters:
             gradients = tuple(at.layer(f"{name}_gradient", index) for name in names)
@@ -67,9 +71,13 @@ class SGD:
         _check(self)
         require_between("momentum", self.momentum, 0.0, 1.0)
 
-    def write(self, at: Assembler) -> None:
+    def write(self, at: AbstractState) -> None:
         state = ("momentum",) if self.momentum else ()
         _write(at, "sgd", state, self, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def change(self, name: str) -> str:
+        """The role whose tensor times -rate a learning step has just added to `name`."""
+        return f"{name}_momentum" if self.momentum else f"{name}_gradient"
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,11 @@ class Adam:
     def __post_init__(self) -> None:
         _check_adam(self)
 
-    def write(self, at: Assembler) -> None:
+    def write(self, at: AbstractState) -> None:
         _write_adam(at, "adam", self)
+
+    def change(self, name: str) -> str:
+        raise ValueError(NO_CHANGE)
 
 
 @dataclass(frozen=True)
@@ -112,22 +123,20 @@ class AdamW:
     def __post_init__(self) -> None:
         _check_adam(self)
 
-    def write(self, at: Assembler) -> None:
+    def write(self, at: AbstractState) -> None:
         _write_adam(at, "adamw", self)
+
+    def change(self, name: str) -> str:
+        raise ValueError(NO_CHANGE)
 
 
 def _check_adam(rule: Adam | AdamW) -> None:
     _check(rule)
-    if isinstance(rule.betas, list):  # as it comes out of TOML or JSON
-        object.__setattr__(rule, "betas", tuple(rule.betas))
-    if not isinstance(rule.betas, tuple) or len(rule.betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {rule.betas!r}.")
-    for beta in rule.betas:
-        require_between("betas", beta, 0.0, 1.0)
+    require_betas(rule)
     require_finite_positive("epsilon", rule.epsilon)
 
 
-def _write_adam(at: Assembler, op: str, rule: Adam | AdamW) -> None:
+def _write_adam(at: AbstractState, op: str, rule: Adam | AdamW) -> None:
     beta1, beta2 = rule.betas
     _write(
         at,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pctt import SGD, Adam, Dense, Inference, Network, chain, init
+from pctt import SGD, Adam, Dense, Inference, Network, chain, init, variant
 from pctt.backends.tenstorrent import Tenstorrent
 from pctt.energies import Gaussian
 from pctt.engine import Engine, Relaxation
@@ -26,6 +26,8 @@ from pctt.program import Instruction, Slot
 
 BATCH = 29  # not a multiple of 32: three rows of padding
 NUM_STEPS = 12
+
+LIVE = Inference(NUM_STEPS, 0.1)
 
 FLOOR = 2.0**-9
 """Of a tensor's norm: one unit in the last place of bfloat16, in which errors and feedback are stored."""
@@ -76,18 +78,17 @@ def run(
     net: Network,
     num_batches: int = 2,
     learning: Learning | None = None,
-    num_steps: int = NUM_STEPS,
+    inference: Inference = LIVE,
 ) -> Run:
     """Relaxes and learns, and collects energies of every step, activities, errors, gradients and weights."""
     dtype = torch.float64 if backend == "reference" else torch.float32
     weights = cast(init(net, 0), dtype)
     learning = learning or SGD(0.1)
-    engine = Engine(
-        net, weights, Inference(num_steps, 0.1), ("input", net.output), learning=learning, backend=backend
-    )
+    engine = Engine(net, weights, inference, ("input", net.output), learning=learning, backend=backend)
     tensors: dict[str, Tensor] = {}
     for number in range(num_batches):
         given = {name: values.to(dtype) for name, values in batch(net, number).items()}
+        engine.set_learning(0.1, number + 1)
         relaxation = engine.relax(given, record=True)
         assert relaxation.trajectory is not None
         tensors[f"energies {number}"] = torch.tensor(relaxation.trajectory)
@@ -146,7 +147,17 @@ def test_a_trajectory_agrees_with_the_emulation_and_the_reference(name: str) -> 
 )
 def test_learning_rules_agree(learning: Learning) -> None:
     net = chain(40, [Dense(32, "tanh", activate="input"), Dense(10)])
-    runs = [run(backend, net, 3, learning, 3) for backend in ("tenstorrent", "emulated", "reference")]
+    inference = Inference(3, 0.1)
+    runs = [run(backend, net, 3, learning, inference) for backend in ("tenstorrent", "emulated", "reference")]
+    assert_parity(net, *runs)
+
+
+@pytest.mark.parametrize("network", ["tanh at the input", "gelu at the output"])
+@pytest.mark.parametrize("name", ["fixed", "exact", "zil", "ipc", "epc", "gauss-seidel", "boosted"])
+def test_variants_agree(name: str, network: str) -> None:
+    """Two batches of 5 steps; with `ipc` of 10 learning steps, whose errors feed the next ones."""
+    net, inference = NETWORKS[network], variant(name, Inference(5, 0.1))
+    runs = [run(backend, net, 2, None, inference) for backend in ("tenstorrent", "emulated", "reference")]
     assert_parity(net, *runs)
 
 

@@ -369,8 +369,8 @@ def test_the_toml_example_is_read_and_uses_every_section(tmp_path: Path) -> None
     (tmp_path / "small.toml").write_text(toml_example(), encoding="utf-8")
     read = config.read_toml(tmp_path / "small.toml")
     assert len(read.layers) == 3 and read.layers[1].name == "middle"
-    # A precision is only for a card, and the example is for any machine.
-    sections = {f.name for f in dataclasses.fields(read)} - {"precision"}
+    # A precision is only for a card, and the example is for any machine; scaling is a word, no section.
+    sections = {f.name for f in dataclasses.fields(read)} - {"precision", "scaling", "backward"}
     assert sections == set(config._toml().loads(toml_example()))
 
 
@@ -381,7 +381,8 @@ def type_name(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(type_name(choice) for choice in get_args(hint) if choice is not types.NoneType)
     if get_origin(hint) is tuple:
-        return f"list of {type_name(get_args(hint)[0])}s"
+        inner = type_name(get_args(hint)[0])
+        return f"list of {inner.replace('list', 'lists') if inner.startswith('list') else inner + 's'}"
     return TYPES[hint]
 
 

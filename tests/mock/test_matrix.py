@@ -56,6 +56,14 @@ FACTORS: dict[str, list[Any]] = {
 }
 
 
+STEPS = pctt.Inference(num_steps=4, rate=0.1)
+SGD = pctt.SGD(0.1, momentum=0.9)
+VARIED = {
+    activate: pctt.chain(40, [*[pctt.Dense(70, "tanh", activate=activate)] * 3, pctt.Dense(10)])
+    for activate in ("output", "input")
+}
+
+
 def pairwise(factors: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
     """Choices of one level per factor, such that every pair of levels of two factors is in one of them.
 
@@ -138,6 +146,15 @@ def cases(num_cores: int = 64) -> list[Case]:
         Case("placed free input", plain, ("dense3",), placed=("input",)),
         Case("energies of every step", plain, both, record=True),
         Case("more layers than cores", long, ("input", long.output)),
+        *(
+            Case(
+                f"{name}, tanh at the {activate}", net, ("input", net.output), pctt.variant(name, STEPS), SGD
+            )
+            for name in ("exact", "zil", "ipc", "epc", "gauss-seidel", "boosted")
+            for activate, net in VARIED.items()
+        ),
+        Case("a start at zero", plain, both, pctt.Inference(4, 0.1, initial="zeros")),
+        Case("a carried start", plain, both, pctt.Inference(4, 0.1, initial="carried")),
     ]
 
 

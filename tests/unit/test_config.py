@@ -10,7 +10,19 @@ from helpers import HIDDEN_ACTIVATIONS, INFERENCES, LEARNINGS, NETWORKS, SCHEDUL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pctt import SGD, Adam, AdamW, Categorical, Constant, Dense, Gaussian, Inference, Network, WarmupCosine
+from pctt import (
+    SGD,
+    Adam,
+    AdamW,
+    Categorical,
+    Constant,
+    Dense,
+    Gaussian,
+    Inference,
+    Network,
+    Nudge,
+    WarmupCosine,
+)
 from pctt.backends.precision import FIDELITIES, FORMATS, PrecisionPolicy
 from pctt.config import (
     DataConfig,
@@ -63,6 +75,8 @@ ENERGIES = st.one_of(
     st.just(Categorical()),
     st.builds(Gaussian, POSITIVE),
     st.builds(Gaussian, st.lists(POSITIVE, min_size=1, max_size=3).map(tuple)),
+    st.builds(Gaussian, POSITIVE, st.sampled_from(("scalar", "diagonal")), st.floats(1e-6, 1.0)),
+    st.just(Gaussian(((2.0, 0.5), (0.5, 1.0)))),
 )
 LAYERS = st.builds(
     Dense,
@@ -71,7 +85,15 @@ LAYERS = st.builds(
     st.booleans(),
     st.sampled_from(("output", "input")),
     ENERGIES,
-    st.none() | TEXT,
+    POSITIVE,
+    name=st.none() | TEXT,
+)
+NUDGES = st.builds(
+    Nudge,
+    st.floats(1e-3, 0.9),
+    st.sampled_from(("positive", "negative", "centred")),
+    st.sampled_from(("clamp", "loss")),
+    st.none() | st.floats(1e-3, 0.9),
 )
 ON_THE_REFERENCE = st.builds(
     RunConfig,
@@ -84,8 +106,20 @@ ON_THE_REFERENCE = st.builds(
         st.sampled_from(("live", "fixed")),
         st.just("momentum"),
         FRACTION,
+        nudge=st.none() | NUDGES,
         tolerance=st.none() | POSITIVE,
-    ),
+    )
+    | st.builds(
+        Inference,
+        st.integers(20, 100),
+        POSITIVE,
+        dynamics=st.just("langevin"),
+        temperature=POSITIVE,
+        burn_in=st.integers(0, 19),
+        initial=st.sampled_from(("feedforward", "zeros", "carried")),
+        variables=st.sampled_from(("states", "errors")),
+    )
+    | st.builds(Inference, dynamics=st.just("adam"), betas=st.tuples(FRACTION, FRACTION)),
     learning=RULES,
     init=st.builds(
         InitConfig, st.sampled_from(("xavier", "kaiming", "orthogonal", "normal")), st.none() | POSITIVE

@@ -1,0 +1,210 @@
+"""What an inference step writes: who moves, in which order, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+
+from pctt.inference.dynamics import Pull, Stage
+from pctt.program import LEARNING_RATE, NUDGE, Slot
+from pctt.state import AbstractState, Reach
+
+# --- stages: all nodes move once ----------------------------------------------------------------------------
+
+
+def jacobi(at: AbstractState, stage: Stage, moving: list[int]) -> None:
+    charged = at.reach.charged
+    reached = [index for index in moving if _move(at, stage, index, charged)]
+    if not at.incremental:
+        at.reach_out(reached)
+
+
+def gauss_seidel(at: AbstractState, stage: Stage, moving: list[int]) -> None:
+    charged, reached = set(at.reach.charged), set[int]()
+    for index in reversed(moving):
+        deviation = at.node("deviation", index)
+        if index in charged or pulls_on(at, index, charged):
+            prior = at.copy(at.node("prior", index), deviation)
+            _move(at, stage, index, charged)
+            reached.add(index)
+            if index:  # its prediction stands still, so its error changes by as much
+                at.add(prior, deviation, prior, -1.0)
+                error = at.node("error", index)
+                at.set_error(index, at.add(error, error, prior))
+                charged.add(index)
+    moved = at.reach.moved | reached
+    if at.inference.prediction == "live":
+        charged |= {index + 1 for index in moved if index < at.last and not at.floats(index + 1)}
+    at.reach = Reach(moved, frozenset(charged))
+
+
+def in_errors(at: AbstractState, stage: Stage, moving: list[int]) -> None:
+    """dE/dx_l of a free node, negative, goes into `adjoint`: what it is pulled by, and what its own layer
+    sends down.
+    """
+    charged = at.reach.charged
+    senders = {index for index in charged if index in at.clamped}
+    drawn: dict[int, list[Pull]] = {}
+    for index in reversed(moving):
+        drawn[index], adjoint = [], at.node("adjoint", index)
+        for number, pull in enumerate(pulls_on(at, index, senders)):
+            pull(adjoint, adjoint if number else None, 1.0, None)
+            drawn[index] = [partial(add_scaled, at, adjoint)]
+            senders.add(index)
+    reached = {index for index in moving if drawn[index] or index in charged}
+    for index in sorted(reached):
+        stage(at, index, at.weighted_error(index) if index in charged else None, drawn[index])
+    moved = at.reach.moved | {index for index in moving if reached and index >= min(reached)}
+    charged = charged | (reached - {0})
+    charged |= {index + 1 for index in moved if index < at.last and not at.floats(index + 1)}
+    at.visited |= reached
+    at.reach = Reach(moved, charged)
+
+
+def _move(at: AbstractState, stage: Stage, index: int, charged: Collection[int]) -> bool:
+    """Moves one node; whether anything can have moved it."""
+    pulls = pulls_on(at, index, charged)
+    own = at.weighted_error(index) if index in charged else None
+    if own is None and not pulls:
+        return False
+    stage(at, index, own, pulls)
+    at.visited.add(index)
+    return True
+
+
+SWEEPS = {"jacobi": jacobi, "gauss_seidel": gauss_seidel}
+
+# --- what draws a node --------------------------------------------------------------------------------------
+
+
+def pulls_on(at: AbstractState, index: int, charged: Collection[int] | None = None) -> list[Pull]:
+    """What the layer above draws a node with, and the nudge.
+
+    charged: nodes whose errors count, else all that errors have reached.
+    """
+    charged = at.reach.charged if charged is None else charged
+    pulls: list[Pull] = []
+    child = index + 1
+    if child in charged:
+        signal = None
+        if at.inference.variables == "errors" and child in at.free:
+            signal = at.node("adjoint", child)
+        pulls.append(partial(_child_pull, at, child, signal))
+    if index == at.last and index in at.free and at.nudge is not None:
+        pulls.append(partial(_nudge_pull, at))
+    return pulls
+
+
+def _child_pull(
+    at: AbstractState,
+    child: int,
+    signal: Slot | None,
+    into: Slot,
+    addend: Slot | None,
+    scale: float,
+    scalar: str | None,
+) -> None:
+    at.net.layers[child - 1].feedback(at, child, into, addend, scale, scalar, signal)
+
+
+def _nudge_pull(at: AbstractState, into: Slot, addend: Slot | None, scale: float, scalar: str | None) -> None:
+    """b (y - x_L)"""
+    pull = at.node("pull_now", at.last)
+    if at.incremental:
+        at.add(pull, at.node("target", at.last), at.node("initial", at.last), -1.0)
+    else:
+        at.add(pull, at.node("pull", at.last), at.node("deviation", at.last), -1.0)
+    add_scaled(at, at.copy(pull, pull, 1.0, NUDGE), into, addend, scale, scalar)
+
+
+def add_scaled(
+    at: AbstractState, pull: Slot, into: Slot, addend: Slot | None, scale: float, scalar: str | None
+) -> None:
+    if addend is None:
+        at.copy(into, pull, scale, scalar)
+    else:
+        at.add(into, addend, pull, scale, scalar)
+
+
+# --- what follows -------------------------------------------------------------------------------------------
+
+
+def follow(at: AbstractState, moving: Collection[int]) -> None:
+    """After the variables have moved: whatever follows from them."""
+    if at.inference.variables == "states":
+        predict(at)
+        return
+    for index in at.indices:
+        deviation, error, layer = (
+            at.node("deviation", index),
+            at.node("error", index),
+            at.net.layers[index - 1],
+        )
+        if at.floats(index):
+            continue
+        if index in moving and index in at.reach.moved:
+            if at.recomputed(index):
+                layer.predict(at, index, deviation, error, 1.0)
+            else:
+                at.copy(deviation, error)
+        elif at.recomputed(index):
+            layer.predict(at, index, error, deviation, -1.0)
+        if index in at.reach.charged:
+            at.set_error(index, error)
+
+
+def predict(at: AbstractState) -> None:
+    """The errors that belong to the deviations as they are now."""
+    for index in at.indices:
+        error, deviation = at.node("error", index), at.node("deviation", index)
+        if at.recomputed(index) and not at.floats(index):
+            at.net.layers[index - 1].predict(at, index, error, deviation, -1.0)
+            at.set_error(index, error)
+        elif index in at.reach.moved:
+            at.set_error(index, at.copy(error, deviation))
+
+
+def take_up_drift(at: AbstractState) -> None:
+    """q_l += s x0_{l-1} dW + db"""
+    assert at.learning is not None
+    for index in at.indices:
+        drift, layer = at.drift(index), at.net.layers[index - 1]
+        _, source = at.initial_activity_and_source(index - 1)
+        weight, *bias = (at.layer(at.learning.change(name), index) for name in layer.trained)
+        at.product(drift, source, weight, drift, -layer.scale, LEARNING_RATE)
+        for change in bias:
+            at.add(drift, drift, change, -1.0, LEARNING_RATE)
+
+
+def anchor_anew(at: AbstractState) -> None:
+    """Anchors and errors of the weights and activities as they are now."""
+    for index in at.indices:
+        at.net.layers[index - 1].anchor(at, index)
+    anchor_errors(at)
+
+
+def anchor_errors(at: AbstractState) -> None:
+    """e = x0 - p"""
+    for index in at.indices:
+        error = at.node("error", index)
+        if at.floats(index):
+            at.set_error(index, at.emit("fill", error, scale=0.0))
+        else:
+            at.set_error(index, at.add(error, at.node("initial", index), at.anchor(index), -1.0))
+
+
+def finish(at: AbstractState) -> None:
+    """The activities of the free nodes, for whoever reads the state and for the gradients."""
+    for index in sorted(at.free):
+        if not at.floats(index):
+            activity = at.node("activity", index)
+            if at.incremental:
+                at.copy(activity, at.initial_activity(index))
+            else:
+                at.add(activity, at.anchor(index), at.node("deviation", index))
+    last = at.last
+    if at.floats(last):
+        error, deviation = at.node("error", last), at.node("deviation", last)
+        recomputed, layer = at.recomputed(last), at.net.layers[-1]
+        prediction = layer.predict(at, last, error, deviation, -1.0) if recomputed else at.anchor(last)
+        at.copy(at.node("activity", last), prediction)
