@@ -1,4 +1,4 @@
-"""Scaling of the weights so that widths and depths share their best rates."""
+"""Scaling of the weights so that widths and depths nearly share their best rates (docs/results/depth.md)."""
 
 from __future__ import annotations
 
