@@ -139,7 +139,7 @@ class _Pair:
         if self.amortised:
             self._sweep_down()
             self.up.write_initialise()
-            self._anchor_down()
+            steps.anchor_anew(self.down)
             return
         self.up.write_initialise()
         self._show_down(initial=True)
@@ -164,18 +164,13 @@ class _Pair:
             activity = up.node("activity", index) if moved else up.initial_activity(index)
             down.copy(down.initial_activity(self.last - index), activity)
 
-    def _anchor_down(self) -> None:
-        for node in range(1, self.last + 1):
-            self.down.net.layers[node - 1].anchor(self.down, node)
-        steps.anchor_errors(self.down)
-
     def _finish(self) -> None:
         if not self.amortised:
             self._both(steps.finish)
             return
         steps.finish(self.up)
         self._show_down(initial=False)
-        self._anchor_down()
+        steps.anchor_anew(self.down)
 
     def _step(self) -> None:
         """Slopes from the errors before; then both chains move and follow."""
