@@ -35,7 +35,7 @@ from pctt.inference import steps
 from pctt.inference.dynamics import DYNAMICS
 from pctt.inference.settings import Inference
 from pctt.learning import gradients as learning_steps
-from pctt.learning.rules import Learning
+from pctt.learning.rules import SGD, Learning
 from pctt.program import NUDGE, Instruction, Program, coalesce, without_repeats
 from pctt.state import AbstractState
 
@@ -76,6 +76,11 @@ class Assembler(AbstractState):
                 "weights_at='every_step' changes weights during inference, so it needs a learning rule; "
                 "use a Trainer, or weights_at='end'."
             )
+        if self.drifting and not isinstance(learning, SGD):
+            raise ValueError(
+                "weights_at='every_step' with Adam is not run by the card backends, which would need a "
+                "number that changes at every inference step; use SGD, or backend='reference'."
+            )
         self.learning = learning
         initialise = self._section(self.write_initialise)
         measure_initial = self._section(lambda: self.write_measure("initial_"))
@@ -99,11 +104,8 @@ class Assembler(AbstractState):
             gradients,
             update,
             walk,
-            tuple(self.initial_activity(index) for index in range(len(self.net.nodes))),
-            tuple(
-                self.node("activity", index) if index in self.free else self.initial_activity(index)
-                for index in range(len(self.net.nodes))
-            ),
+            self.starts,
+            self.ends,
             sweep=sweep,
             keep=keep,
             combine=combine,
@@ -252,5 +254,3 @@ class Assembler(AbstractState):
             learning_steps.gradients(self)
         elif self.time < self.last:
             learning_steps.gradient_at_anchor(self, self.last - self.time)
-
-    # --- what the rules ask for -----------------------------------------------------------------------------

@@ -7,12 +7,15 @@ compared with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pctt.activations import LEAKY_SLOPE
 from pctt.energies import Categorical
+from pctt.layers import Dense
 from pctt.network import Network, Weights
 
 FUNCTIONS = {
@@ -34,16 +37,20 @@ def forward(net: Network, weights: Weights, inputs: Tensor) -> list[Tensor]:
     """
     activities = [inputs]
     for name, layer in zip(net.names, net.layers, strict=True):
-        source = activities[-1]
-        function = FUNCTIONS[layer.activation]
-        drive = (function(source) if layer.activate == "input" else source) @ weights[name]["weight"]
-        drive = layer.scale * drive
-        if layer.bias:
-            drive = drive + weights[name]["bias"]
-        is_logits = isinstance(layer.energy, Categorical) or layer.activate == "input"
-        prediction = drive if is_logits else function(drive)
-        activities.append(prediction + source if layer.skip else prediction)
+        activities.append(predict(layer, weights[name], activities[-1]))
     return activities
+
+
+def predict(layer: Dense, parameters: Mapping[str, Tensor], source: Tensor) -> Tensor:
+    """mu of one layer, [B, units], from the activity below it; of a categorical layer its logits."""
+    function = FUNCTIONS[layer.activation]
+    drive = (function(source) if layer.activate == "input" else source) @ parameters["weight"]
+    drive = layer.scale * drive
+    if layer.bias:
+        drive = drive + parameters["bias"]
+    is_logits = isinstance(layer.energy, Categorical) or layer.activate == "input"
+    prediction = drive if is_logits else function(drive)
+    return prediction + source if layer.skip else prediction
 
 
 def loss(net: Network, output: Tensor, targets: Tensor) -> Tensor:

@@ -100,17 +100,12 @@ class _Pair:
             if not distinct or step != distinct[-1]:
                 distinct.append(step)
             walk.append(len(distinct) - 1)
-        nodes = range(self.last + 1)
         finish = self._section(self._finish)
         measure = self._section(lambda: self._both(lambda chain: chain.write_measure()))
         up.time = down.time = self.inference.num_steps
         gradients = self._section(lambda: self._both(learning_steps.gradients))
         update = self._section(lambda: self._both(learning_steps.update)) if up.learning else ()
         sweep = self._section(up.write_sweep) if self.amortised else ()
-        starts = tuple(up.initial_activity(index) for index in nodes)
-        ends = tuple(
-            up.node("activity", index) if index in up.free else up.initial_activity(index) for index in nodes
-        )
         return Program(
             up.buffers,
             initialise,
@@ -121,8 +116,8 @@ class _Pair:
             gradients,
             update,
             tuple(walk),
-            starts,
-            ends,
+            up.starts,
+            up.ends,
             sweep=sweep,
         )
 

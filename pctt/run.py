@@ -303,7 +303,8 @@ class Trainer:
             self.engine.load_gradients(gradients)
         else:
             self.engine.set_learning(rate, self.progress.step + 1)
-            relaxation = self.engine.relax(batch, record, upcoming, _seed(self.seed, self.progress.step))
+            seed = _seed(self.seed, self.progress.step) if self.inference.is_random else 0
+            relaxation = self.engine.relax(batch, record, upcoming, seed)
             if relaxation.status.ok:
                 self.engine.learn(rate, self.progress.step + 1)
             return relaxation

@@ -104,6 +104,19 @@ class AbstractState(AbstractWriter):
     def indices(self) -> range:
         return range(1, len(self.net.layers) + 1)
 
+    @property
+    def starts(self) -> tuple[Slot, ...]:
+        """Where the activity of each node stands that inference starts from."""
+        return tuple(self.initial_activity(index) for index in range(self.last + 1))
+
+    @property
+    def ends(self) -> tuple[Slot, ...]:
+        """Where the one stands that it ends in."""
+        return tuple(
+            self.node("activity", index) if index in self.free else self.initial_activity(index)
+            for index in range(self.last + 1)
+        )
+
     def moving(self) -> list[int]:
         """The free nodes that inference moves."""
         return [index for index in sorted(self.free) if not self.floats(index)]

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pctt import backprop
 from pctt._checks import require_count, require_finite_positive, require_one_of
-from pctt.backprop import FUNCTIONS
 from pctt.energies import Categorical, Gaussian
 from pctt.layers.dense import Dense
 from pctt.network import INPUT, Network, Weights, check_weights
@@ -347,14 +347,7 @@ def alignment(gradients: Weights, reference: Weights) -> dict[str, Alignment]:
 
 def _prediction(net: Network, weights: Weights, index: int, source: Tensor) -> Tensor:
     """mu_l of layer `index`, 1 to L, from x_{l-1}; of a categorical layer its logits."""
-    layer, parameters = net.layers[index - 1], weights[net.names[index - 1]]
-    function = FUNCTIONS[layer.activation]
-    drive = (function(source) if layer.activate == "input" else source) @ parameters["weight"] * layer.scale
-    if layer.bias:
-        drive = drive + parameters["bias"]
-    if layer.activate == "output" and not isinstance(layer.energy, Categorical):
-        drive = function(drive)
-    return drive + source if layer.skip else drive
+    return backprop.predict(net.layers[index - 1], weights[net.names[index - 1]], source)
 
 
 def _precision(layer: Dense, parameters: Mapping[str, Tensor]) -> Tensor:

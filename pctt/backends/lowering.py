@@ -39,6 +39,7 @@ from pctt.program import (
     LEARNING_RATE,
     LEARNING_STEP,
     NUDGE,
+    PER_NUDGE,
     Buffer,
     Instruction,
     Program,
@@ -173,7 +174,7 @@ def _not_run(i: Instruction) -> str | None:
         "step_control": "dynamics='heun'",
         "variance": "a learned variance",
     }
-    return "nudge" if NUDGE in (i.scalar or "") else words.get(i.op)
+    return "nudge" if i.scalar in (NUDGE, PER_NUDGE) else words.get(i.op)
 
 
 class Lowering:

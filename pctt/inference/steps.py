@@ -6,6 +6,7 @@ from collections.abc import Collection
 from functools import partial
 
 from pctt.inference.dynamics import Pull, Stage
+from pctt.learning.rules import SGD
 from pctt.program import LEARNING_RATE, NUDGE, Slot
 from pctt.state import AbstractState, Reach
 
@@ -166,7 +167,7 @@ def predict(at: AbstractState) -> None:
 
 def take_up_drift(at: AbstractState) -> None:
     """q_l += s x0_{l-1} dW + db"""
-    assert at.learning is not None
+    assert isinstance(at.learning, SGD)
     for index in at.indices:
         drift, layer = at.drift(index), at.net.layers[index - 1]
         _, source = at.initial_activity_and_source(index - 1)

@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from pctt.state import AbstractState
 
 
-NO_CHANGE = (
-    "weights_at='every_step' with Adam is not run by the card backends, which would need a number that "
-    "changes at every inference step; use SGD, or backend='reference'."
-)
-
-
 def _check(rule: SGD | Adam | AdamW) -> None:
     require_finite_positive("rate", rule.rate)
     require_between("weight_decay", rule.weight_decay, 0.0, math.inf)
@@ -103,9 +97,6 @@ class Adam:
     def write(self, at: AbstractState) -> None:
         _write_adam(at, "adam", self)
 
-    def change(self, name: str) -> str:
-        raise ValueError(NO_CHANGE)
-
 
 @dataclass(frozen=True)
 class AdamW:
@@ -125,9 +116,6 @@ class AdamW:
 
     def write(self, at: AbstractState) -> None:
         _write_adam(at, "adamw", self)
-
-    def change(self, name: str) -> str:
-        raise ValueError(NO_CHANGE)
 
 
 def _check_adam(rule: Adam | AdamW) -> None:

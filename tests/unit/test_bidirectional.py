@@ -37,6 +37,10 @@ NET = chain(
 )
 
 
+EPS = 1e-12
+"""12 steps of sums over 6 numbers of order 1 in fp64, 1e-16 each, with room for their growth."""
+
+
 def prediction(layer: Dense, weights: Mapping[str, Tensor], source: Tensor) -> Tensor:
     function = ORACLE_FUNCTIONS[layer.activation]
     source = function(source) if layer.activate == "input" else source
@@ -118,18 +122,18 @@ def test_states_energies_and_gradients_are_those_of_the_summed_energy(
     result = infer(NET, weights, clamp, inference)
     expected = relaxed(clamp, weights, inference)
     for name, node in zip(NET.nodes, expected, strict=True):
-        assert_near(result.activities[name], node, 1e-12, name)
+        assert_near(result.activities[name], node, EPS, name)
     leaves = {
         name: {k: v.clone().requires_grad_() for k, v in tree.items()} for name, tree in weights.items()
     }
     per_layer = energies(NET, leaves, expected)
-    assert_near(result.energy[-1], torch.stack(per_layer).detach() / 4, 1e-12)
+    assert_near(result.energy[-1], torch.stack(per_layer).detach() / 4, EPS)
     (torch.stack(per_layer).sum() / 4).backward()
     found = weight_gradients(NET, weights, result)
     assert set(found) == set(NET.layer_names)
     for name, tree in leaves.items():
         for key, leaf in tree.items():
-            assert_near(found[name][key], leaf.grad, 1e-12, f"{key} of {name}")  # type: ignore[arg-type]
+            assert_near(found[name][key], leaf.grad, EPS, f"{key} of {name}")  # type: ignore[arg-type]
 
 
 def test_grouping_changes_nothing() -> None:
@@ -147,7 +151,7 @@ def test_predictions_are_activities_minus_errors_in_both_chains() -> None:
     result = infer(NET, weights, {"input": nodes["input"], "dense3": nodes["dense3"]}, Inference(5, 0.05))
     layer = NET.backward.layers[0]  # type: ignore[union-attr]
     expected = prediction(layer, weights["dense2_back"], result.activities["dense3"])
-    assert_near(result.predictions["dense2_back"], expected, 1e-12)
+    assert_near(result.predictions["dense2_back"], expected, EPS)
 
 
 def test_a_run_is_saved_and_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from helpers import (
     assert_trees_near,
     generator,
     identical,
+    optimiser_of,
     random_weights,
     supervised,
 )
@@ -45,25 +46,6 @@ def random_gradients(weights, seed: int):
     }
 
 
-def torch_optimiser(rule, parameters):
-    match rule:
-        case SGD():
-            return torch.optim.SGD(
-                parameters, lr=rule.rate, momentum=rule.momentum, weight_decay=rule.weight_decay
-            )
-        case Adam() | AdamW():
-            kind = torch.optim.AdamW if isinstance(rule, AdamW) else torch.optim.Adam
-            return kind(
-                parameters,
-                lr=rule.rate,
-                betas=rule.betas,
-                eps=rule.epsilon,
-                weight_decay=rule.weight_decay,
-                fused=False,
-                foreach=False,
-            )
-
-
 def rate_at(rule, step: int) -> float:
     return rule.rate * rule.schedule.factor(step, NUM_STEPS)
 
@@ -78,7 +60,7 @@ def test_a_rule_moves_weights_as_torch_optim_does(name, dtype, grouped):
     """
     rule, weights = LEARNINGS[name], random_weights(NET, dtype=dtype)
     leaves = {n: {k: v.clone().requires_grad_() for k, v in layer.items()} for n, layer in weights.items()}
-    optimiser = torch_optimiser(rule, [v for layer in leaves.values() for v in layer.values()])
+    optimiser = optimiser_of(rule, [v for layer in leaves.values() for v in layer.values()])
     engine = engine_of(weights, rule, grouped=grouped)
     largest = 1.0
     for step in range(NUM_STEPS):
