@@ -13,10 +13,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pctt.backends import tenstorrent
-from pctt.data import find_folder
+from pctt.data import find_cifar10, find_folder
 from pctt.data.idx import SOURCES
 
 EXTRAS = (
@@ -284,8 +285,9 @@ def _text(path: Path) -> str:
 
 
 def _data(data_dir: str | None) -> Iterator[Finding]:
-    for name in SOURCES:
+    finders = {name: partial(find_folder, name) for name in SOURCES} | {"cifar10": find_cifar10}
+    for name, find in finders.items():
         try:
-            yield Finding(name, True, str(find_folder(name, data_dir)))
+            yield Finding(name, True, str(find(data_dir)))
         except FileNotFoundError as error:
             yield Finding(name, False, str(error))

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import digits, idx
+from . import cifar, digits, idx, images
 
-DATASET_NAMES = ("digits", *idx.SOURCES)
+DATASET_NAMES = ("digits", *idx.SOURCES, "cifar10")
+FOLDER_PREFIX = "folder:"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,17 +42,35 @@ class Split:
 class Dataset:
     """A training and a test split of one classification task.
 
-    num_classes: labels are 0 to num_classes - 1. image_shape: (height, width), whose product is D.
-    Raises ValueError where a split contradicts either.
+    num_classes: labels are 0 to num_classes - 1. image_shape: (height, width) or (channels, height, width),
+    whose product is D; inputs hold the channels one after the other, each row by row. class_names: one per
+    class, or none at all.
+    Raises ValueError where a split contradicts any of them.
     """
 
     name: str
     train: Split
     test: Split
     num_classes: int
-    image_shape: tuple[int, int]
+    image_shape: tuple[int, int] | tuple[int, int, int]
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width), with one channel where image_shape names none."""
+        return (1, *self.image_shape) if len(self.image_shape) == 2 else self.image_shape
 
     def __post_init__(self) -> None:
+        if len(self.image_shape) not in (2, 3) or any(size < 1 for size in self.image_shape):
+            raise ValueError(
+                "image_shape must be (height, width) or (channels, height, width), each at least 1, "
+                f"got {self.image_shape}."
+            )
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"class_names must be one name per class, got {len(self.class_names)} for {self.num_classes} "
+                "classes; give as many, or leave them out."
+            )
         for part, split in (("train", self.train), ("test", self.test)):
             width = split.inputs.shape[1]
             if width != math.prod(self.image_shape):
@@ -69,24 +88,56 @@ class Dataset:
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """The data set called `name`, one of DATASET_NAMES, as float32 inputs in [0, 1].
+    """The data set called `name`, as float32 inputs in [0, 1].
 
-    data_dir: folder of the IDX files of mnist and fashion_mnist, or its parent; else the environment variable
-    PCTT_DATA. digits comes with scikit-learn and needs none.
+    name: one of DATASET_NAMES, or "folder:PATH" for images in one folder per class, as `load_image_folder`
+    reads them. data_dir: folder of the files of mnist, fashion_mnist and cifar10, or its parent; else the
+    environment variable PCTT_DATA. digits comes with scikit-learn and needs none.
     Raises ValueError for an unknown name or a damaged file, FileNotFoundError for a missing one,
-    ModuleNotFoundError for digits without scikit-learn.
+    ModuleNotFoundError for digits without scikit-learn and for images without pillow.
     """
+    if name.startswith(FOLDER_PREFIX) and name != FOLDER_PREFIX:
+        if data_dir is not None:
+            warnings.warn(f"data_dir has no effect on {name}, which names its own folder", stacklevel=2)
+        return load_image_folder(name.removeprefix(FOLDER_PREFIX))
     if name not in DATASET_NAMES:
-        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(DATASET_NAMES)}.")
+        raise ValueError(
+            f"data set {name!r} is unknown; choose one of {', '.join(DATASET_NAMES)}, "
+            f"or {FOLDER_PREFIX}PATH for a folder of images."
+        )
+    max_pixel, class_names = 255, ()
     if name == "digits":
         if data_dir is not None:
             warnings.warn("data_dir has no effect on digits, which comes with scikit-learn", stacklevel=2)
         parts, max_pixel = digits.read_digits(), digits.MAX_PIXEL
+    elif name == "cifar10":
+        parts, class_names = cifar.read_cifar10(data_dir), cifar.CLASS_NAMES
     else:
-        parts, max_pixel = idx.read_image_set(name, data_dir), 255
-    train, test = (_to_split(images, labels, max_pixel) for images, labels in parts)
-    height, width = parts[0][0].shape[1:]
-    return Dataset(name, train, test, num_classes=10, image_shape=(height, width))
+        parts = idx.read_image_set(name, data_dir)
+    return _to_dataset(name, *parts, max_pixel, 10, class_names)
+
+
+def load_image_folder(
+    root: str | os.PathLike[str],
+    size: tuple[int, int] | None = None,
+    gray: bool = False,
+    test: float = 0.2,
+    seed: int = 0,
+) -> Dataset:
+    """Images in one folder per class, ROOT/CLASS/IMAGE, as float32 inputs in [0, 1], image_shape (3, H, W).
+
+    Classes are numbered in the order of their names. All files under a class are read, also in further
+    folders, but for hidden ones (.NAME). Transparency is dropped; of an animation the first picture counts.
+    size: (height, width) to which every image is resized, bilinear; without it all must have one size.
+    gray: one channel, and image_shape (H, W). test: share of each class that is held out by a permutation
+    from `seed`, to the nearest image, at least one and never all.
+    Raises FileNotFoundError where there is no such folder, ModuleNotFoundError without pillow, and
+    ValueError, naming the file or folder, for one that is no image, truncated, of more than 2**26 pixels, of
+    more than 8 bits per channel or of another size, and for a class of fewer than two images.
+    """
+    train, held_out, class_names = images.read_image_folder(root, size, gray, test, seed)
+    name = FOLDER_PREFIX + os.fspath(root)
+    return _to_dataset(name, train, held_out, 255, len(class_names), class_names)
 
 
 def split_validation(split: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
@@ -112,9 +163,24 @@ def split_validation(split: Split, fraction: float, seed: int) -> tuple[Split, S
     )
 
 
-def _to_split(images: np.ndarray, labels: np.ndarray, max_pixel: int) -> Split:
-    """Images [N, H, W] with pixels 0 to max_pixel, flattened and scaled."""
-    inputs = torch.from_numpy(images).reshape(len(images), -1).to(torch.float32).div_(max_pixel)
+def _to_dataset(
+    name: str,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    max_pixel: int,
+    num_classes: int,
+    class_names: tuple[str, ...],
+) -> Dataset:
+    """From images [N, H, W] or [N, C, H, W] with pixels 0 to max_pixel, and labels [N]."""
+    training, testing = (_to_split(pixels, labels, max_pixel) for pixels, labels in (train, test))
+    *channels, height, width = train[0].shape[1:]
+    image_shape = (channels[0], height, width) if channels else (height, width)
+    return Dataset(name, training, testing, num_classes, image_shape, class_names)
+
+
+def _to_split(pixels: np.ndarray, labels: np.ndarray, max_pixel: int) -> Split:
+    """Each image flattened into one row and scaled to [0, 1]."""
+    inputs = torch.from_numpy(pixels).reshape(len(pixels), -1).to(torch.float32).div_(max_pixel)
     return Split(inputs, torch.from_numpy(labels).to(torch.int64))
 
 

@@ -118,6 +118,30 @@ def test_inputs_that_are_not_images_of_the_given_shape_are_refused(part):
         Dataset("counting", **splits, num_classes=3, image_shape=(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("image_shape", "shape"), [((2, 3), (1, 2, 3)), ((1, 2, 3), (1, 2, 3)), ((3, 1, 2), (3, 1, 2))]
+)
+def test_the_shape_of_a_data_set_always_has_channels(image_shape, shape):
+    """What a convolution is told; height taken for channels would still multiply to the same width."""
+    split = rows(3, width=6)
+    assert Dataset("counting", split, split, num_classes=3, image_shape=image_shape).shape == shape
+
+
+@pytest.mark.parametrize("image_shape", [(), (2,), (1, 1, 1, 2), (-1, -2), (0, 2), (-1, -2, 1)])
+def test_an_image_shape_that_is_none_is_refused(image_shape):
+    """Two negative sizes multiply to the right width."""
+    with pytest.raises(ValueError, match=r"must be \(height, width\) or \(channels, height, width\)"):
+        Dataset("counting", rows(3), rows(3), num_classes=3, image_shape=image_shape)
+
+
+def test_there_is_one_name_per_class_or_none():
+    split = rows(3)
+    assert Dataset("counting", split, split, 3, (1, 2)).class_names == ()
+    assert Dataset("counting", split, split, 3, (1, 2), ("a", "b", "c")).class_names == ("a", "b", "c")
+    with pytest.raises(ValueError, match="must be one name per class, got 2 for 3 classes"):
+        Dataset("counting", split, split, 3, (1, 2), ("a", "b"))
+
+
 # load
 
 
@@ -166,9 +190,11 @@ def test_a_data_folder_that_has_no_effect_is_pointed_out(tmp_path):
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="'cifar' is unknown; choose one of digits, mnist, fashion_mnist"):
-        load("cifar")
-    assert DATASET_NAMES == ("digits", "mnist", "fashion_mnist")
+    known = "choose one of digits, mnist, fashion_mnist, cifar10, or folder:PATH for a folder of images"
+    for name in ("cifar", "folder:", "folder", ""):
+        with pytest.raises(ValueError, match=f"'{name}' is unknown; {known}"):
+            load(name)
+    assert DATASET_NAMES == ("digits", "mnist", "fashion_mnist", "cifar10")
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
