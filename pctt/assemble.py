@@ -47,6 +47,7 @@ def assemble(
     placed: Collection[int] = (),
     learning: Learning | None = None,
     uniform: bool = False,
+    held: Collection[int] = (),
 ) -> Program:
     """The program for one choice of clamped nodes.
 
@@ -55,14 +56,19 @@ def assemble(
     learning: the rule that `update` applies; without one `update` is empty.
     uniform: every inference step serves every layer, also those no error has reached yet, whose update is
         zero. For machines on which all layers run at once and a second kind of step costs more than it saves.
+    held: indices of placed nodes of which some units stay where they are; `movable` says which do not.
 
     Raises ValueError where the settings do not fit the network or the clamped nodes.
     """
     if layout.backward is not None:
         from pctt.bidirectional import assemble_pair  # which is made of the assemblers of this module
 
-        return assemble_pair(layout, inference, frozenset(clamped), frozenset(placed), learning)
-    return Assembler(layout, inference, frozenset(clamped), frozenset(placed), uniform).program(learning)
+        return assemble_pair(
+            layout, inference, frozenset(clamped), frozenset(placed), learning, frozenset(held)
+        )
+    return Assembler(
+        layout, inference, frozenset(clamped), frozenset(placed), uniform, frozenset(held)
+    ).program(learning)
 
 
 class Assembler(AbstractState):
@@ -93,7 +99,8 @@ class Assembler(AbstractState):
         combine = self._section(lambda: learning_steps.combine(self)) if pair else ()
         learns_at_end = learning is not None and self.inference.weights_at != "every_step"
         update = self._section(lambda: learning_steps.update(self)) if learns_at_end else ()
-        sweep = self._section(self.write_sweep) if self.inference.initial != "feedforward" else ()
+        elsewhere = self.inference.initial != "feedforward" or self.net.wiring is not None
+        sweep = self._section(self.write_sweep) if elsewhere and not self.net.sources_ahead else ()
         return Program(
             self.buffers,
             initialise,
@@ -114,7 +121,9 @@ class Assembler(AbstractState):
     def _section(self, write: Callable[[], None]) -> tuple[Instruction, ...]:
         self.code = []
         write()
-        return coalesce(without_repeats(self.code))
+        code = without_repeats(self.code)
+        stacked = self.net.wiring is None  # a graph has no stacks whose entries one instruction could serve
+        return coalesce(code) if stacked else tuple(code)
 
     def _walk(self) -> tuple[tuple[tuple[Instruction, ...], ...], tuple[int, ...]]:
         """The inference steps that differ, and which of them each one is."""
@@ -138,17 +147,19 @@ class Assembler(AbstractState):
         return tuple(distinct), tuple(walk)
 
     def write_initialise(self) -> None:
-        start = self.initial_activity(0)
-        if self.incremental and 0 in self.free - self.placed:
-            self.emit("fill", start, scale=0.0)  # the batch before has moved it
+        for root in sorted(self.roots & self.free - self.placed):
+            start = self.initial_activity(root)
+            if self.incremental or self.net.wiring is not None:
+                self.emit("fill", start, scale=0.0)  # the batch before has moved it, or a sweep given it
+        initial, cyclic = self.inference.initial, self.net.sources_ahead
         for index in sorted(self.started):
-            if self.inference.initial == "zeros":
-                self.emit("fill", self.node("initial", index), scale=0.0)
-            if self.inference.initial == "carried":
+            if initial == "carried":
                 self.copy(self.node("initial", index), self.node("activity", index))
+            elif initial == "zeros" or index in cyclic:
+                self.emit("fill", self.node("initial", index), scale=0.0)
         for index in self.indices:
-            self.net.layers[index - 1].anchor(self, index)
-            if index in self.started and self.inference.initial == "feedforward":
+            self.net.rule(index).anchor(self, index)
+            if index in self.started - cyclic and initial == "feedforward":
                 self.copy(self.node("initial", index), self.anchor(index))
             if self.nudge is not None and index == self.last:
                 pull = self.add(
@@ -176,19 +187,19 @@ class Assembler(AbstractState):
 
     def write_sweep(self) -> None:
         """Predictions from the input alone."""
-        plain = Assembler(self.layout, Inference(num_steps=0), frozenset({0}), frozenset())
+        plain = Assembler(self.layout, Inference(num_steps=0), self.roots, frozenset())
         plain.buffers, plain.code = self.buffers, self.code
         for index in self.indices:
-            self.net.layers[index - 1].anchor(plain, index)
+            self.net.rule(index).anchor(plain, index)
 
     def _begin_node(self, index: int) -> None:
         deviation = self.node("deviation", index)
-        if index in self.given and index >= 1:
+        if index in self.given and index in self.indices:
             self.add(deviation, self.initial_activity(index), self.anchor(index), scale=-1.0)
             self.set_error(index, self.copy(self.node("error", index), deviation))
         else:
             self.emit("fill", deviation, scale=0.0)
-            if index >= 1:
+            if index in self.indices:
                 self.set_error(index, self.emit("fill", self.node("error", index), scale=0.0))
 
     # --- inference steps ------------------------------------------------------------------------------------
@@ -224,7 +235,7 @@ class Assembler(AbstractState):
         sum, per layer.
         """
         for index in self.indices:
-            energy, error = self.net.layers[index - 1].energy, self.node("error", index)
+            energy, error = self.net.layer(index).energy, self.node("error", index)
             square, charged = self.sum(f"{when}square", index), index in self.reach.charged
             if charged:
                 self.emit("inner", square, error, error)
@@ -236,8 +247,10 @@ class Assembler(AbstractState):
             if not charged:
                 self.emit("fill", own, scale=0.0)
             elif isinstance(energy, Categorical):
-                drive, _ = self.drive_and_prediction(index)
-                self.emit("cross_entropy", own, self.final_activity(index), drive)
+                last, logits = self.net.shapes[index][-1], self.net.rule(index).logits(self, index)
+                options = (("last", last),) if last != self.net.widths[index] else ()
+                operands = self.final_activity(index), logits
+                self.code.append(Instruction("cross_entropy", (own,), operands, options=options))
             else:
                 self.emit("inner", own, error, self.weighted_error(index))
 

@@ -1,13 +1,14 @@
 """The backprop twin of a network: the same forward pass in plain torch, the same output energy as loss,
 gradients by autograd.
 
-It shares no line with the engine, because it is what the engine is tested against, and the baseline it is
-compared with.
+It shares no arithmetic with the engine, because it is what the engine is tested against, and the baseline it
+is compared with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch.nn import functional
 
 from pctt.activations import LEAKY_SLOPE
 from pctt.energies import Categorical
-from pctt.layers import Dense
+from pctt.layers import maps
+from pctt.layers.block import Layer
+from pctt.layers.dense import Dense
 from pctt.network import Network, Weights
 
 FUNCTIONS = {
@@ -31,14 +34,38 @@ FUNCTIONS = {
 }
 
 
-def forward(net: Network, weights: Weights, inputs: Tensor) -> list[Tensor]:
-    """The activities of a feedforward sweep, node 0 to L, each [B, units]; of a categorical output its
-    logits.
+def forward(net: Network, weights: Weights, inputs: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
+    """The activities of a feedforward sweep, of every node, each [B, units] or [B, *shape]; of a categorical
+    output its logits.
+
+    inputs: of the one node that nothing predicts, or by name. Nodes given by name that are predicted keep
+    their values for those above them; what is returned of these is their prediction.
     """
-    activities = [inputs]
-    for name, layer in zip(net.names, net.layers, strict=True):
-        activities.append(predict(layer, weights[name], activities[-1]))
-    return activities
+    given = {net.nodes[0]: inputs} if isinstance(inputs, Tensor) else inputs
+    found: list[Tensor] = []
+    seen: list[Tensor] = []
+    for index, (name, shape) in enumerate(zip(net.nodes, net.shapes, strict=True)):
+        here = given[name].reshape(-1, *shape) if name in given else None
+        if index in net.indices:
+            parameters = weights.get(net.nodes[net.owner(index)], {})
+            found.append(_predict(net, index, parameters, [seen[source] for source in net.sources(index)]))
+        elif here is not None:
+            found.append(here)
+        else:
+            raise ValueError(f"a sweep starts from all inputs; give {name!r}.")
+        seen.append(found[-1] if here is None else here)
+    return found
+
+
+def _predict(net: Network, index: int, parameters: Mapping[str, Tensor], sources: list[Tensor]) -> Tensor:
+    rule = net.rule(index)
+    if isinstance(rule, Dense):
+        return predict(rule, parameters, sources[0])
+    values = list(sources)
+    for map_, inputs, keys in rule.parts:
+        own = {key: parameters[name] for key, name in keys.items()}
+        values.append(MAPS[map_.kind](map_, own, *(values[value] for value in inputs)))
+    return values[rule.top]
 
 
 def predict(layer: Dense, parameters: Mapping[str, Tensor], source: Tensor) -> Tensor:
@@ -57,43 +84,155 @@ def loss(net: Network, output: Tensor, targets: Tensor) -> Tensor:
     """The energy of the output node per sample, [B]: what predictive coding's total energy is at a
     feedforward start.
     """
-    energy = net.layers[-1].energy
-    if isinstance(energy, Categorical):
-        entropy = -torch.xlogy(targets, targets).sum(-1)
-        return functional.cross_entropy(output, targets, reduction="none") - entropy
-    precision = torch.tensor(energy.precision, dtype=output.dtype, device=output.device)
-    error = targets - output
-    weighted = error @ precision if energy.is_full else precision * error
-    return 0.5 * ((weighted * error).sum(-1) - energy.log_determinant(output.shape[-1]))
+    return energy(net.layer(net.output_index), output, targets)
+
+
+def energy(layer: Layer, prediction: Tensor, activity: Tensor) -> Tensor:
+    """The energy of a node per sample, [B], at a prediction (of a categorical energy the logits)."""
+    if isinstance(layer.energy, Categorical):
+        shares = activity.reshape(prediction.shape)
+        terms = torch.xlogy(shares, shares) - shares * torch.log_softmax(prediction, -1)
+        return terms.flatten(1).sum(-1)
+    output = prediction.flatten(1)
+    precision = torch.tensor(layer.energy.precision, dtype=output.dtype, device=output.device)
+    error = activity.flatten(1) - output
+    weighted = error @ precision if layer.energy.is_full else precision * error
+    return 0.5 * ((weighted * error).sum(-1) - layer.energy.log_determinant(output.shape[-1]))
 
 
 def gradients(net: Network, weights: Weights, inputs: Tensor, targets: Tensor) -> tuple[Weights, float]:
     """(dloss/dW of the batch mean, same tree as `weights`; the mean loss)."""
-    return differentiate(net, weights, inputs, targets)[:2]
+    found, losses, _ = differentiate(net, weights, {net.input_name: inputs, net.output: targets})
+    return found, sum(losses.values())
 
 
 def differentiate(
-    net: Network, weights: Weights, inputs: Tensor, targets: Tensor
-) -> tuple[Weights, float, float]:
-    """What `gradients` gives, and the norm of the output's error, root of the batch mean of e'e."""
+    net: Network, weights: Weights, given: Mapping[str, Tensor]
+) -> tuple[Weights, dict[str, float], dict[str, float]]:
+    """Gradients of the summed energies of all given nodes that a layer predicts; these energies; and the
+    norms of their errors, root of the batch mean of e'e.
+
+    given: {node: [B, units] or [B, *shape]}, inputs and targets.
+    """
     leaves = {
-        name: {key: value.detach().requires_grad_() for key, value in layer.items()}
+        name: {key: value.detach().clone().requires_grad_() for key, value in layer.items()}
         for name, layer in weights.items()
     }
-    output = forward(net, leaves, inputs)[-1]
-    mean = loss(net, output, targets).mean()
-    mean.backward()
-    prediction = output.detach()
-    if isinstance(net.layers[-1].energy, Categorical):
-        prediction = torch.softmax(prediction, -1)
-    square = (targets - prediction).square().sum(-1).mean()
-    return (
-        {name: {key: _gradient(value) for key, value in layer.items()} for name, layer in leaves.items()},
-        float(mean.detach()),
-        float(square.sqrt()),
-    )
+    predictions = dict(zip(net.nodes, forward(net, leaves, given), strict=True))
+    means: dict[str, Tensor] = {}
+    norms: dict[str, float] = {}
+    for index in net.indices:
+        name, layer = net.nodes[index], net.layer(index)
+        if name in given:
+            means[name] = energy(layer, predictions[name], given[name]).mean()
+            prediction = predictions[name].detach()
+            if isinstance(layer.energy, Categorical):
+                prediction = torch.softmax(prediction, -1)
+            norms[name] = float(
+                (given[name].flatten(1) - prediction.flatten(1)).square().sum(-1).mean().sqrt()
+            )
+    torch.stack(list(means.values())).sum().backward()
+    trained = {
+        net.nodes[index]: net.rule(index).trained for index in net.owners if net.nodes[index] in weights
+    }
+    found = {
+        name: {key: _gradient(layer[key]) for key in trained.get(name, tuple(layer))}
+        for name, layer in leaves.items()
+        if name in trained
+    }
+    return found, {name: float(mean.detach()) for name, mean in means.items()}, norms
 
 
 def _gradient(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+# --- maps ---------------------------------------------------------------------------------------------------
+
+
+def _linear(m: maps.Linear, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    weight = w["weight"]
+    if m.mask is not None:
+        weight = weight * m.drawn_mask(tuple(weight.shape)).to(weight)
+    return functional.linear(x, weight.mT, w.get("bias"))
+
+
+def _conv(m: maps.Conv2d, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return functional.conv2d(x, w["weight"], w.get("bias"), m.stride, m.padding, m.dilation, m.groups)
+
+
+def _conv_transpose(m: maps.ConvTranspose2d, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return functional.conv_transpose2d(
+        x, w["weight"], w.get("bias"), m.stride, m.padding, m.output_padding, m.groups
+    )
+
+
+def _max_pool(m: maps.MaxPool2d, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return functional.max_pool2d(x, m.kernel, m.stride, m.padding)
+
+
+def _avg_pool(m: maps.AvgPool2d, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    if m.kernel == 0:
+        return x.mean((-2, -1), keepdim=True)
+    return functional.avg_pool2d(x, m.kernel, m.stride, m.padding)
+
+
+def _normalise(m: maps.Normalise, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return functional.layer_norm(x, x.shape[-m.axes :], eps=m.epsilon)
+
+
+def _normalise_batch(m: maps.NormaliseBatch, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return functional.batch_norm(x, None, None, training=True, eps=m.epsilon)
+
+
+def _affine(m: maps.Affine, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    x = x.movedim(m.axis + 1 if m.axis >= 0 else m.axis, -1)
+    y = x * w["weight"] + w.get("bias", torch.zeros_like(w["weight"]))
+    return y.movedim(-1, m.axis + 1 if m.axis >= 0 else m.axis)
+
+
+def _standardise(m: maps.Standardise, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return functional.batch_norm(x, w["running_mean"], w["running_var"], eps=m.epsilon)
+
+
+def _attend(m: maps.Attend, w: Mapping[str, Tensor], *x: Tensor) -> Tensor:
+    queries, keys, values = (part.unflatten(-1, (m.heads, -1)).transpose(1, 2) for part in x)
+    y = functional.scaled_dot_product_attention(queries, keys, values, is_causal=m.causal)
+    return y.transpose(1, 2).flatten(2)
+
+
+def _slice(m: maps.Slice, w: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return x.narrow(m.axis + 1 if m.axis >= 0 else m.axis, m.start, m.stop - m.start)
+
+
+def _add(m: maps.Add, w: Mapping[str, Tensor], *x: Tensor) -> Tensor:
+    signs = m.signs or (1,) * len(x)
+    return torch.stack([sign * part for sign, part in zip(signs, x, strict=True)]).sum(0)
+
+
+MAPS: dict[str, Callable[..., Any]] = {
+    "function": lambda m, w, x: FUNCTIONS[m.name](x),
+    "scale": lambda m, w, x: m.factor * x,
+    "shift": lambda m, w, x: x + m.constant,
+    "reshape": lambda m, w, x: x.reshape(-1, *m.shape),
+    "flatten": lambda m, w, x: x.flatten(1),
+    "detach": lambda m, w, x: x.detach(),
+    "permute": lambda m, w, x: x.permute(0, *(axis + 1 for axis in m.axes)),
+    "fill": lambda m, w, x: x.new_full((len(x), *m.shape), m.value),
+    "slice": _slice,
+    "add": _add,
+    "multiply": lambda m, w, a, b: a * b,
+    "concat": lambda m, w, *x: torch.cat(x, m.axis + 1 if m.axis >= 0 else m.axis),
+    "linear": _linear,
+    "conv2d": _conv,
+    "conv_transpose2d": _conv_transpose,
+    "embedding": lambda m, w, x: functional.embedding(x.long(), w["weight"]),
+    "max_pool2d": _max_pool,
+    "avg_pool2d": _avg_pool,
+    "normalise": _normalise,
+    "normalise_batch": _normalise_batch,
+    "affine": _affine,
+    "bias": lambda m, w, x: x + w["bias"],
+    "standardise": _standardise,
+    "attend": _attend,
+}

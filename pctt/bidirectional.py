@@ -33,10 +33,11 @@ def assemble_pair(
     clamped: frozenset[int],
     placed: frozenset[int],
     learning: Learning | None,
+    held: frozenset[int] = frozenset(),
 ) -> Program:
     """The program of a network with a backward chain. Raises ValueError for settings it has none for."""
     _check(inference)
-    return _Pair(layout, inference, clamped, placed, learning).program()
+    return _Pair(layout, inference, clamped, placed, learning, held).program()
 
 
 def _check(inference: Inference) -> None:
@@ -67,6 +68,7 @@ class _Pair:
         clamped: frozenset[int],
         placed: frozenset[int],
         learning: Learning | None,
+        held: frozenset[int],
     ) -> None:
         assert layout.backward is not None
         self.inference = inference
@@ -78,7 +80,8 @@ class _Pair:
                 "other initial activities."
             )
         free = frozenset(range(self.last + 1)) - clamped
-        self.up = Assembler(layout, inference, clamped, free if self.amortised else placed)
+        placed = free if self.amortised else placed
+        self.up = Assembler(layout, inference, clamped, placed, held=held)
         self.down = Assembler(
             layout.backward,
             inference,
@@ -146,7 +149,7 @@ class _Pair:
         down.copy(down.initial_activity(0), up.initial_activity(self.last))
         for node in range(1, self.last + 1):
             index = self.last - node
-            down.net.layers[node - 1].anchor(down, node)
+            down.net.rule(node).anchor(down, node)
             if index in up.free:
                 up.copy(up.initial_activity(index), down.anchor(node))
             down.copy(down.initial_activity(node), up.initial_activity(index))
@@ -173,7 +176,8 @@ class _Pair:
         slopes: dict[int, Slot] = {}
         for index in sorted(self.up.free):
             own, pulls = self._forces(index)
-            slopes[index] = slope_of(self.up, "slope", index, own, pulls)
+            slope = slope_of(self.up, "slope", index, own, pulls)
+            slopes[index] = self.up.released(index, slope) if index in self.up.held else slope
         for index, slope in slopes.items():
             stage(self.up, index, slope, [])
             if not self.amortised:

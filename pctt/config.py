@@ -8,9 +8,10 @@ that name the place, e.g. `inference.num_step`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -20,11 +21,17 @@ from pctt.backends.precision import PrecisionPolicy
 from pctt.energies import Categorical, Gaussian
 from pctt.inference import Inference
 from pctt.initialisers import SCHEMES
-from pctt.layers import Dense
+from pctt.layers import maps
+from pctt.layers.block import Block, Layer, Step
+from pctt.layers.dense import Dense
+from pctt.layers.detach import Detach
+from pctt.layers.maps import Function, Map
 from pctt.learning import SGD, Adam, AdamW, Constant, Learning, WarmupCosine
-from pctt.network import Network, chain
+from pctt.network import INPUT, Network, chain, graph
 from pctt.placement.chips import CHIPS
 from pctt.scaling import mupc
+
+MAPS: dict[str, type[Map]] = {**maps.MAPS, Detach.kind: Detach}
 
 KINDS: dict[str, type] = {
     "gaussian": Gaussian,
@@ -34,6 +41,8 @@ KINDS: dict[str, type] = {
     "adamw": AdamW,
     "constant": Constant,
     "warmup_cosine": WarmupCosine,
+    "block": Block,
+    **MAPS,
 }
 NAMES = {kind: name for name, kind in KINDS.items()}
 
@@ -106,16 +115,41 @@ def _check_device(backend: str, device: str) -> None:
 
 
 @dataclass(frozen=True)
+class Wired:
+    """A layer of a graph: its table has these keys beside the layer's own.
+
+    of: names of the nodes that it predicts from.    shared: name of the layer whose weights it uses.
+    """
+
+    layer: Layer
+    of: tuple[str, ...]
+    shared: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.of:
+            raise ValueError("of must name at least one node.")
+
+
+ROLES = ("images", "labels", "zeros")
+"""What of a data set a node can be clamped to; labels are one-hot."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run.
 
-    layers: of the chain; its input is as wide as the data.
+    layers: of the chain; its input is as wide as the data, and where there are blocks, of its shape. A table
+        without `kind` is a dense layer; kind = "block" has `steps`, the kind of a map makes a block of it.
+        With `of` in a table it is a graph, and layers without `of` read the one before.
     backward: layers of a chain down, from the output to the input.
     scaling: "standard", or "mupc" for the scales of `pctt.mupc`, which go with weights from N(0, 1).
     precision: formats on a card; None for its defaults, and on the reference backend, which has none.
+    inputs: of a graph, units or shapes of the nodes that nothing predicts and nothing of `clamp` is put at.
+    clamp: {node: images, labels or zeros}, what training holds; None for images at the first node and
+        labels at the last layer.
     """
 
-    layers: tuple[Dense, ...]
+    layers: tuple[Layer | Wired, ...]
     data: DataConfig = field(default_factory=DataConfig)
     inference: Inference = field(default_factory=Inference)
     learning: Learning = field(default_factory=Adam)
@@ -124,6 +158,8 @@ class RunConfig:
     backward: tuple[Dense, ...] = ()
     scaling: str = "standard"
     precision: PrecisionPolicy | None = None
+    inputs: dict[str, int | tuple[int, ...]] | None = None
+    clamp: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -140,10 +176,80 @@ class RunConfig:
                 "precision has no effect on the reference backend, which computes in the dtype of the "
                 "weights; drop it, or set training.backend to emulated or tenstorrent."
             )
+        if self.inputs is not None and not self.is_graph:
+            raise ValueError("inputs are those of a graph; give layers `of`, or drop inputs.")
+        if self.is_graph and self.backward:
+            raise ValueError("backward layers go with a chain; drop them, or `of` of the layers.")
+        for name, role in (self.clamp or {}).items():
+            require_one_of(f"clamp.{name}", role, ROLES)
+        roles = list((self.clamp or {"": "images"}).values())
+        if roles.count("images") != 1 or roles.count("labels") > 1:
+            raise ValueError("clamp must put images at one node, and labels at one at most.")
 
-    def network(self, num_inputs: int) -> Network:
-        net = chain(num_inputs, self.layers, self.backward)
+    @property
+    def is_graph(self) -> bool:
+        return any(isinstance(layer, Wired) for layer in self.layers)
+
+    def node_of(self, role: str, net: Network) -> str | None:
+        """The node that images or labels are put at; None without one."""
+        if self.clamp is None:
+            return {"images": net.input_name, "labels": net.output}.get(role)
+        return next((name for name, found in self.clamp.items() if found == role), None)
+
+    def network(self, shape: int | tuple[int, ...], num_classes: int = 10) -> Network:
+        """shape: of a sample, or its number of units where all layers are dense."""
+        bare = [layer.layer if isinstance(layer, Wired) else layer for layer in self.layers]
+        dense = all(isinstance(layer, Dense) for layer in bare)
+        units = shape if isinstance(shape, int) else math.prod(shape)
+        sizes = {"images": units if dense else shape, "labels": num_classes, "zeros": 1}
+        clamp = self.clamp or {}
+        if not self.is_graph:
+            net = chain(sizes[clamp.get(INPUT, "images")], bare, self.backward)
+        else:
+            net = self._graph(sizes, bare)
+        for name in clamp:
+            net.node_index(name)
         return mupc(net) if self.scaling == "mupc" else net
+
+    def _graph(self, sizes: dict[str, int | tuple[int, ...]], bare: list[Layer]) -> Network:
+        names = [layer.name or f"layer{number}" for number, layer in enumerate(bare, start=1)]
+        clamp = dict(self.clamp) if self.clamp is not None else {INPUT: "images", names[-1]: "labels"}
+        roots: dict[str, Any] = {
+            name: sizes[role] for name, role in clamp.items() if name not in names and name not in self._given
+        }
+        roots |= self._given
+        entries: dict[str, tuple[Any, ...]] = {}
+        shared: dict[str, str] = {}
+        before = next(iter(roots), names[0])
+        for name, layer, entry in zip(names, bare, self.layers, strict=True):
+            if name in entries:
+                raise ValueError(f"two layers are called {name!r}; rename one.")
+            entries[name] = (layer, *(entry.of if isinstance(entry, Wired) else (before,)))
+            if isinstance(entry, Wired) and entry.shared is not None:
+                shared[name] = entry.shared
+            before = name
+        images, labels = (
+            next((name for name, found in clamp.items() if found == role), None)
+            for role in ("images", "labels")
+        )
+        ends = (images, labels) if labels in names else (labels or next(iter(roots), images), images)
+        output = ends[1] if ends[1] in names else names[-1]
+        return graph(roots, entries, ends[0], output, shared)
+
+    @property
+    def _given(self) -> dict[str, int | tuple[int, ...]]:
+        return self.inputs or {}
+
+
+def wired(net: Network) -> tuple[Wired, ...]:
+    """The layers of a graph as a configuration has them."""
+    wiring = net.wiring
+    if wiring is None:
+        raise ValueError("a chain is described by its layers.")
+    return tuple(
+        Wired(replace(layer, name=name) if isinstance(layer, Dense) else layer, of, shared or None)
+        for name, layer, of, shared in zip(net.names, net.layers, wiring.sources, wiring.shared, strict=True)
+    )
 
 
 def read_toml(path: Path) -> RunConfig:
@@ -166,6 +272,11 @@ def read_toml(path: Path) -> RunConfig:
 
 def to_dict(value: Any) -> Any:
     """A dataclass as JSON-ready dicts, lists and scalars; None is left out."""
+    if isinstance(value, Wired):
+        own = {"of": list(value.of), "shared": value.shared}
+        return {**to_dict(value.layer), **{key: entry for key, entry in own.items() if entry is not None}}
+    if isinstance(value, Mapping):
+        return {key: to_dict(entry) for key, entry in value.items()}
     if dataclasses.is_dataclass(value):
         entries = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
         entries = {key: entry for key, entry in entries.items() if entry is not None}
@@ -180,6 +291,8 @@ def from_dict(cls: Any, values: Any, place: str = "") -> Any:
     fit.
     """
     origin = get_origin(cls)
+    if cls is Map or (cls is Step and not (isinstance(values, Mapping) and "map" in values)):
+        return _from_map(cls, values, place)
     if origin in (Union, types.UnionType):
         return _from_union(get_args(cls), values, place)
     if dataclasses.is_dataclass(cls):
@@ -189,6 +302,11 @@ def from_dict(cls: Any, values: Any, place: str = "") -> Any:
             raise ValueError(f"{place} must be a list, got {values!r}.")
         element = get_args(cls)[0]
         return tuple(from_dict(element, value, f"{place}[{index}]") for index, value in enumerate(values))
+    if origin is dict:
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            raise ValueError(f"{place} must be a table, got {values!r}.")
+        element = get_args(cls)[1]
+        return {key: from_dict(element, value, f"{place}.{key}") for key, value in values.items()}
     if cls is float and isinstance(values, int) and not isinstance(values, bool):
         return float(values)
     if not isinstance(values, cls) or (isinstance(values, bool) and cls is not bool):
@@ -197,6 +315,23 @@ def from_dict(cls: Any, values: Any, place: str = "") -> Any:
 
 
 _ARTICLES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def _from_map(cls: Any, values: Any, place: str) -> Any:
+    """A map from its table or, for an activation, its name; or the step that it makes."""
+    if isinstance(values, str):
+        found: Map = Function(values)
+    elif isinstance(values, Mapping) and isinstance(values.get("kind"), str) and values["kind"] in MAPS:
+        found = _from_table(MAPS[values["kind"]], _without_kind(values), place)
+    else:
+        raise ValueError(
+            f"{place} must be an activation or a table with kind = one of {', '.join(MAPS)}, got {values!r}."
+        )
+    return Step(found) if cls is Step else found
+
+
+def _without_kind(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != "kind"}
 
 
 def _from_union(choices: tuple[Any, ...], values: Any, place: str) -> Any:
@@ -209,13 +344,46 @@ def _from_union(choices: tuple[Any, ...], values: Any, place: str) -> Any:
         if lists and isinstance(values, list):  # the flat ones come before the nested ones
             nested = bool(values) and isinstance(values[0], list)
             return from_dict(lists[-1] if nested else lists[0], values, place)
-        return from_dict(scalars[0], values, place)
+        plain = [scalar for scalar in scalars if get_origin(scalar) is None] or scalars
+        fitting = [scalar for scalar in plain if isinstance(scalar, type) and isinstance(values, scalar)]
+        return from_dict((fitting or plain)[0], values, place)
     if len(tables) == 1:
         return _from_table(tables[0], values, place)
+    if Dense in tables:
+        return _from_layer(tables, values, place)
     names = [NAMES[choice] for choice in tables if isinstance(choice, type)]
     if not isinstance(values, Mapping) or values.get("kind") not in names:
         raise ValueError(f"{place} must be a table with kind = one of {', '.join(names)}, got {values!r}.")
-    return _from_table(KINDS[values["kind"]], {key: v for key, v in values.items() if key != "kind"}, place)
+    return _from_table(KINDS[values["kind"]], _without_kind(values), place)
+
+
+def _from_layer(tables: list[Any], values: Any, place: str) -> Any:
+    """A dense layer, a block, or the block that one map makes; in a graph with what it reads."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{place} must be a table, got {values!r}.")
+    if Wired in tables and ("of" in values or "shared" in values):
+        bare = {key: value for key, value in values.items() if key not in ("of", "shared")}
+        layer = _from_layer([choice for choice in tables if choice is not Wired], bare, place)
+        if "of" not in values:
+            raise ValueError(f"{place}.of is missing; a layer with shared weights says what it reads.")
+        of = from_dict(tuple[str, ...], values["of"], f"{place}.of")
+        shared = from_dict(str | None, values.get("shared"), f"{place}.shared")
+        try:
+            return Wired(layer, of, shared)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    kind = values.get("kind", "dense")
+    if kind == "dense":
+        return _from_table(Dense, _without_kind(values), place)
+    if isinstance(kind, str) and kind in MAPS:
+        name = values.get("name") if kind != Function.kind else None
+        bare = {key: value for key, value in values.items() if key != "name" or name is None}
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"{place}.name must be a string, got {name!r}.")
+        return Block(_from_map(Step, bare, place), name=name)
+    if kind != "block":
+        raise ValueError(f"{place}.kind must be dense, block or one of {', '.join(MAPS)}, got {kind!r}.")
+    return _from_table(Block, _without_kind(values), place)
 
 
 def _from_table(cls: Any, values: Any, place: str) -> Any:

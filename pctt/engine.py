@@ -19,12 +19,12 @@ from pctt.assemble import assemble
 from pctt.backends import backend as open_backend
 from pctt.backends.precision import PrecisionPolicy
 from pctt.energies import Categorical, Gaussian
-from pctt.groups import Layout, is_row
+from pctt.groups import Layout, is_row, weight_of
 from pctt.inference import Inference
 from pctt.inference.settings import noise_scale
-from pctt.layers import Dense
+from pctt.layers.block import Expression
 from pctt.learning import Adam, AdamW, Learning
-from pctt.network import INPUT, Network, Weights, check_weights
+from pctt.network import Network, Rule, Weights, check_weights
 from pctt.program import (
     BATCH,
     INFERENCE_RATE,
@@ -82,7 +82,7 @@ class _Home:
     """A layer and where it lives: layer `index` of the layout of its chain."""
 
     name: str
-    layer: Dense
+    layer: Rule
     where: Layout
     index: int
 
@@ -111,6 +111,7 @@ class Engine:
 
     clamped: names of the nodes held at data.
     placed: names of free nodes that are given their initial activities.
+    held: names of placed nodes of which some units stay at these, in every batch those that `relax` is told.
     learning: the rule applied by `update`.    grouped: stack equal layers (same numbers either way).
     precision: formats of the tensors on a card; not for the reference backend.
     batch_size: of the largest batches to come, for which a card backend plans its memory.
@@ -130,6 +131,7 @@ class Engine:
         grouped: bool = True,
         precision: PrecisionPolicy | None = None,
         batch_size: int = 32,
+        held: Collection[str] = (),
     ) -> None:
         self.net = net
         self.inference = inference
@@ -137,12 +139,16 @@ class Engine:
         self.dtype = check_weights(net, weights)
         self.clamped = tuple(clamped)
         self.placed = tuple(placed)
+        self.held = tuple(held)
         self.backend = open_backend(backend, self.dtype, device, precision)
         indices = [net.node_index(name) for name in self.clamped]
         placed_indices = [net.node_index(name) for name in self.placed]
+        held_indices = [net.node_index(name) for name in self.held]
 
         def write(where: Layout) -> Program:
-            return assemble(where, inference, indices, placed_indices, learning, self.backend.uniform)
+            return assemble(
+                where, inference, indices, placed_indices, learning, self.backend.uniform, held_indices
+            )
 
         self.layout, self.program = self.backend.compile(net, grouped, write, batch_size)
         self.scalars = {
@@ -172,8 +178,10 @@ class Engine:
             _Home(name, layer, where, index)
             for part, where in zip(net.chains, (self.layout, self.layout.backward), strict=False)
             if where is not None
-            for index, (name, layer) in enumerate(zip(part.names, part.layers, strict=True), start=1)
+            for index, name, layer in zip(part.indices, part.names, part.rules, strict=True)
         ]
+        shapes = net.weight_shapes()
+        self._owners = [home for home in self._layers if home.name in shapes]
         self._fixed_constants = [  # -1/2 log|P| per layer
             -0.5 * layer.energy.log_determinant(layer.units) if isinstance(layer.energy, Gaussian) else 0.0
             for layer in (home.layer for home in self._layers)
@@ -185,13 +193,14 @@ class Engine:
     def load_weights(self, weights: Weights) -> None:
         check_weights(self.net, weights)
         self._load(weights)
+        self._load_masks()
         self._load_precisions(weights)
         self._refresh()
 
     def weights(self) -> Weights:
         return {
             home.name: {key: self._read_layer(key, home) for key in home.layer.weight_shapes(1)}
-            for home in self._layers
+            for home in self._owners
         }
 
     def gradients(self) -> Weights:
@@ -200,7 +209,7 @@ class Engine:
         """
         return {
             home.name: {key: self._read_layer(f"{key}_gradient", home) for key in home.layer.trained}
-            for home in self._layers
+            for home in self._owners
         }
 
     def load_gradients(self, gradients: Weights) -> None:
@@ -211,12 +220,12 @@ class Engine:
         """The state of the learning rule: {layer: {"weight_first_moment": ..., ...}}, {} if it has none."""
         state = {
             home.name: {key: self._read_layer(key, home) for key in self._state_keys(home)}
-            for home in self._layers
+            for home in self._owners
         }
         return {name: tensors for name, tensors in state.items() if tensors}
 
     def load_learning_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for home in self._layers:
+        for home in self._owners:
             expected, found = set(self._state_keys(home)), set(state.get(home.name, {}))
             if found != expected:
                 raise ValueError(
@@ -227,26 +236,39 @@ class Engine:
 
     def _state_keys(self, home: _Home) -> list[str]:
         names = home.layer.trained
-        place = home.where.layer("weight", home.index)[1].name.partition("@")[2]
+        if not names:
+            return []
+        place = home.where.layer(names[0], home.index)[1].name.partition("@")[2]
         roles = [name.partition("@")[0] for name in self._persistent if name.endswith(f"@{place}")]
-        return [
-            role
-            for role in roles
-            for name in names
-            if role.startswith(f"{name}_") and role != f"{name}_gradient"
-        ]
+        own, state = home.layer.weight_shapes(1), list[str]()
+        for role in roles:
+            name = max((name for name in names if role.startswith(f"{name}_")), key=len, default=None)
+            if name is not None and role not in own and role != f"{name}_gradient":
+                state.append(role)
+        return state
 
     def _load(self, tree: Mapping[str, Mapping[str, Tensor]], suffix: str = "") -> None:
-        for home in self._layers:
+        for home in self._owners:
             for key, values in tree.get(home.name, {}).items():  # a rule without state has no entry
                 slot, buffer = home.where.layer(key + suffix, home.index)
+                values = values if values.dim() < 3 else values.flatten(1)
                 self.backend.write(self._persistent[buffer.name], slot, values)
 
     def _read_layer(self, role: str, home: _Home) -> Tensor:
         slot, buffer = home.where.layer(role, home.index)
         values = self.backend.read(self._persistent[buffer.name], slot)[0]
+        if home.where.net.wiring is not None:
+            shapes = home.layer.weight_shapes(0)
+            return values[: buffer.rows, : buffer.columns].reshape(shapes[weight_of(role, shapes)])
         fan_in, fan_out = home.where.net.widths[home.index - 1 : home.index + 1]
         return values[0, :fan_out] if is_row(role) else values[:fan_in, :fan_out]
+
+    def _load_masks(self) -> None:
+        for home in self._owners:
+            for map_, key, shape in home.layer.masks if isinstance(home.layer, Expression) else ():
+                slot, buffer = home.where.layer(f"mask of {key}", home.index)
+                if buffer.name in self._persistent:
+                    self.backend.write(self._persistent[buffer.name], slot, map_.drawn_mask(shape))
 
     def _load_precisions(self, weights: Weights) -> None:
         for home in self._layers:
@@ -275,6 +297,7 @@ class Engine:
         record: bool = False,
         upcoming: Mapping[str, Tensor] | None = None,
         seed: int = 0,
+        held: Mapping[str, Tensor] | None = None,
     ) -> Relaxation:
         """Runs inference on one batch.
 
@@ -283,6 +306,7 @@ class Engine:
         record: keep the energies of every inference step.
         upcoming: the activities of the next batch, the very tensors; they are sent while this one runs.
         seed: of the noise, where the dynamics have any.
+        held: {node: bool [B, units]} of every held node, True where a unit stays.
 
         With a centred nudge the batch relaxes twice, the second time to the positive side, and what is
         reported and read is of that. Where weights move with every inference step they have moved by the end
@@ -291,7 +315,15 @@ class Engine:
         missing = [name for name in (*self.clamped, *self.placed) if name not in activities]
         if missing:
             raise ValueError(f"node {missing[0]!r} is clamped or placed, so relax needs its activities.")
+        missing = [name for name in self.held if name not in (held or {})]
+        if missing:
+            raise ValueError(f"units of node {missing[0]!r} are held, so relax needs to know which.")
         batch = self._begin(activities)
+        for name in self.held:
+            slot, buffer = self.layout.node("movable", self.net.node_index(name))
+            if buffer.name in batch.buffers:  # without an inference step nothing reads it
+                assert held is not None
+                self.backend.write(batch.buffers[buffer.name], slot, (~held[name]).to(self.dtype))
         if self.inference.is_random:
             self.backend.seed(seed)
         if self.program.keep:
@@ -336,7 +368,18 @@ class Engine:
 
         It counts as a batch whose free and clamped nodes are at their predictions.
         """
-        batch = self._begin({INPUT: inputs})
+        return self.sweep({self.net.input_name: inputs})
+
+    def sweep(self, roots: Mapping[str, Tensor]) -> Tensor:
+        """The same from the activities of all nodes that nothing predicts, {node: [B, units]}.
+
+        Raises ValueError for a graph with cycles, which no sweep goes through.
+        """
+        if self.net.sources_ahead:
+            raise ValueError(
+                "a graph with cycles has no feedforward sweep; clamp what is known and relax the rest."
+            )
+        batch = self._begin(roots)
         (batch.sweep if self.program.sweep else batch.initialise)()
         return self.read_node("anchor", self.net.output)
 
@@ -351,6 +394,11 @@ class Engine:
                 arrive()
             else:
                 self.backend.write(*batch.given[name], values)
+        for name in set(self.net.nodes[: self.net.num_roots]) - set(activities):
+            handle, slot = batch.given[name]  # a sweep may have left inputs there
+            self.backend.write(
+                handle, slot, torch.zeros(batch_size, self.net.widths[self.net.node_index(name)])
+            )
         self._sent_ahead.clear()
         return batch
 
@@ -456,7 +504,7 @@ class Engine:
                     buffers[name] = self.backend.allocate(buffer, batch_size)
 
             given: dict[str, tuple[Any, Slot]] = {}
-            for name in {INPUT, *self.clamped, *self.placed}:
+            for name in {*self.net.nodes[: self.net.num_roots], *self.clamped, *self.placed}:
                 is_target = self.inference.nudge is not None and name == self.net.output
                 slot, buffer = self.layout.node(
                     "target" if is_target else "initial", self.net.node_index(name)

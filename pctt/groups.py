@@ -11,7 +11,9 @@ and a node with such layers only is a stack of its own.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -73,13 +75,38 @@ class Layout:
 
     def layer(self, role: str, index: int) -> tuple[Slot, Buffer]:
         """The slot of layer `index` (1..L) in the buffer of `role`: [layers, in, out], or [layers, 1, out]
-        for a bias or a variance.
+        for a bias or a variance. In a graph that of the layer whose weights it uses, with all axes of a
+        weight but the first in one.
         """
+        if self.net.wiring is not None:
+            return self._weight(role, self.net.owner(index))
         group, position = self.layers[index - 1]
         fan_in, fan_out = self._widths[index - 1 : index + 1]
         name = f"{role}@{self.tag}layers{group}"
         rows = 1 if is_row(role) else fan_in
         return Slot(name, position, position + 1), Buffer(name, self._group_sizes[group], rows, fan_out)
+
+    def _weight(self, role: str, owner: int) -> tuple[Slot, Buffer]:
+        shape = self._weight_shapes[owner][weight_of(role, self._weight_shapes[owner])]
+        rows, columns = (1, *shape) if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
+        name = f"{role}@{self.tag}layers{owner}"
+        return Slot(name, 0, 1), Buffer(name, 1, rows, columns)
+
+    @cached_property
+    def _weight_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
+        return {index: self.net.rule(index).weight_shapes(0) for index in self.net.owners}
+
+    def inner(self, role: str, index: int, units: int) -> tuple[Slot, Buffer]:
+        """The slot of a value within the block that predicts node `index`: [1, batch, units]."""
+        name = f"{role}@{self.tag}inner{index}"
+        return Slot(name, 0, 1), Buffer(name, 1, BATCH, units)
+
+
+def weight_of(role: str, names: Collection[str]) -> str:
+    """Which of a layer's weights a role is about: itself, its gradient, a moment of that, a mean."""
+    about = role.removeprefix("mask of ").removeprefix("mean_").removeprefix("kept_")
+    found = [name for name in names if about == name or about.startswith(f"{name}_")]
+    return max(found, key=len)
 
 
 def is_row(role: str) -> bool:
@@ -93,7 +120,12 @@ def padded(size: int, tile: int) -> int:
 
 
 def layout(net: Network, grouped: bool = True, tile: int = 1, apart: frozenset[int] = frozenset()) -> Layout:
-    """The grouping of `net`; `grouped=False` gives every node and layer a buffer of its own."""
+    """The grouping of `net`; `grouped=False` gives every node and layer a buffer of its own, and so has a
+    graph.
+    """
+    if net.wiring is not None:
+        nodes = tuple((index, 0) for index in range(len(net.nodes)))
+        return Layout(net, nodes, nodes[net.num_roots :], tile, apart)
     widths = [padded(width, tile) for width in net.widths]
 
     def joins(index: int) -> bool:
@@ -101,7 +133,8 @@ def layout(net: Network, grouped: bool = True, tile: int = 1, apart: frozenset[i
         return grouped and index not in apart and widths[index - 1] == widths[index]
 
     layer_keys = [
-        (layer.bias, widths[i]) if joins(i) else (i,) for i, layer in enumerate(net.layers, start=1)
+        (layer.bias, widths[i]) if joins(i) else (i,)
+        for i, layer in enumerate(net.dense_layers("grouping"), start=1)
     ]
     node_keys = [
         (width,) if grouped and not _is_apart(net, apart, i) else (width, i) for i, width in enumerate(widths)

@@ -11,6 +11,7 @@ inference instructions have no batch factor at all, so each sample relaxes as if
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ class Instruction:
             words.append(f"s={factor}{self.scalar}")
         elif self.scale != 1.0 or not self.inputs:
             words.append(f"s={self.scale:g}")
-        chains = [(key, value) for key, value in self.options if isinstance(value, tuple)]
+        chains = [(key, value) for key, value in self.options if key.endswith("chain")]
         words += [f"{key}={'.'.join(' '.join(map(str, link)) for link in chain)}" for key, chain in chains]
         return f"{', '.join(map(str, self.out))} = {name}({', '.join(words)})"
 
@@ -140,8 +141,17 @@ class Program:
         return sum(self._flops(instruction, batch_size) for instruction in self.training_step())
 
     def _flops(self, instruction: Instruction, batch_size: int) -> int:
+        options = dict(instruction.options)
+        if instruction.op.startswith("convolve"):
+            (_, height, width), kernel = options["out_shape"], options["kernel"]
+            return 2 * batch_size * height * width * math.prod(kernel)
+        if instruction.op.startswith("attend"):
+            (queries, units), (keys, _), (_, values) = options["shapes"]
+            products = 2 if instruction.op == "attend" else 5
+            return products * batch_size * queries * keys * (units + values)
         if instruction.op not in ("product", "product_transposed", "outer"):
             return 0
+        batch_size *= options.get("positions", 1)
         weight = instruction.out[0] if instruction.op == "outer" else instruction.inputs[1]
         _, rows, columns = self.buffers[weight.buffer].shape(batch_size)
         return 2 * batch_size * rows * columns * (weight.stop - weight.start)
@@ -156,7 +166,13 @@ class Program:
         )
 
 
-PURE = ("copy", "add", "multiply", "activate", "derivative", "product", "product_transposed")
+PURE = (
+    *("copy", "add", "multiply", "activate", "derivative", "product", "product_transposed"),
+    *("convolve", "convolve_transposed", "pool_max", "unpool_max", "pool_mean", "unpool_mean", "take", "put"),
+    "permute",
+    *("shift", "add_channels", "scale_channels", "divide_channels", "normalise", "normalise_pull"),
+    *("embed", "attend", "attend_pull"),
+)
 """Operations whose result is a function of their inputs."""
 
 

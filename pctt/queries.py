@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class InferenceDiverged(ArithmeticError):
 
 @dataclass(frozen=True)
 class InferenceResult:
-    """The state after inference. All tensors are copies, [B, units], keyed by node name.
+    """The state after inference. All tensors are copies, [B, units] or where a node has a shape [B, *shape],
+    keyed by node name.
 
     activities: of every node.    predictions, errors: of every layer, which has the name of the node it
     predicts; errors = activities - predictions.
@@ -32,6 +34,7 @@ class InferenceResult:
     given: what the caller gave, by node, clamped or as initial activity. The activity of an output that is
         nudged is not its target.
     seed: of the noise.
+    held: {node: bool [B, units]}, units that stayed at their initial activities.
     """
 
     activities: dict[str, Tensor]
@@ -45,6 +48,7 @@ class InferenceResult:
     clamped: tuple[str, ...]
     given: dict[str, Tensor]
     seed: int = 0
+    held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def infer(
@@ -58,11 +62,12 @@ def infer(
     grouped: bool = True,
     throw: bool = False,
     seed: int = 0,
+    held: Mapping[str, Tensor] | None = None,
 ) -> InferenceResult:
     """Relaxes the free nodes with the clamped ones held at data (Whittington & Bogacz 2017, eq. 2.10 to
     2.13).
 
-    clamp: {node: [B, units]}, any subset of the nodes, at least one.
+    clamp: {node: [B, units] or [B, *shape]}, any subset of the nodes, at least one.
     initial: where to start other nodes than at their predictions; an input that is free and not named starts
     at zero.
     inference: the knobs, default `Inference()`.
@@ -72,6 +77,9 @@ def infer(
     grouped: stack equal layers; the numbers are the same.
     throw: raise InferenceDiverged unless the status is ok; otherwise look at `status`.
     seed: of the noise of dynamics="langevin".
+    held: {node: bool [B, units] or [B, *shape]} of nodes in `initial`: where True, a unit stays at its
+    initial
+        activity, so that of each sample another part may be known.
 
     The result is the state after exactly `num_steps` updates (fewer with a tolerance), with errors and
     predictions belonging to it. Raises ValueError for unknown nodes, wrong shapes or dtypes, NaN, or targets
@@ -80,8 +88,9 @@ def infer(
     """
     inference = inference or Inference()
     dtype = check_weights(net, weights)
-    given = {**clamp, **(initial or {})}
     _check_given(net, clamp, initial or {}, dtype)
+    given = {name: values.flatten(1) for name, values in {**clamp, **(initial or {})}.items()}
+    still = _check_held(net, held or {}, initial or {})
     engine = Engine(
         net,
         weights,
@@ -92,17 +101,24 @@ def infer(
         device=device,
         grouped=grouped,
         batch_size=len(next(iter(given.values()))),
+        held=tuple(still),
     )
-    relaxation = engine.relax(given, record=True, seed=seed)
+    relaxation = engine.relax(given, record=True, seed=seed, held=still)
     if throw and not relaxation.status.ok:
         raise InferenceDiverged(f"{relaxation.status.value}; lower the rate ({inference.rate}).")
-    held = set(clamp) - ({net.output} if inference.nudge is not None else set[str]())
+    fixed = set(clamp) - ({net.output} if inference.nudge is not None else set[str]())
     activities = {
-        name: given[name].detach().clone() if name in held else engine.read_activity(name)
+        name: given[name].detach().clone() if name in fixed else engine.read_activity(name)
         for name in net.nodes
     }
+    for name, units in still.items():  # to the bit, where anchor plus deviation would round
+        activities[name] = torch.where(units, given[name].to(activities[name].device), activities[name])
     errors = {name: engine.read_error(name) for name in net.layer_names}
-    activities = {name: values.to(errors[net.output].device) for name, values in activities.items()}
+    shapes, place = dict(zip(net.nodes, net.shapes, strict=True)), errors[net.output].device
+    activities = {
+        name: values.to(place).view(len(values), *shapes[name]) for name, values in activities.items()
+    }
+    errors = {name: values.view(len(values), *shapes.get(name, (-1,))) for name, values in errors.items()}
     predicted = dict(zip(net.names, net.names, strict=True))  # layer: the node it predicts
     if net.backward is not None:
         predicted |= dict(zip(net.backward.names, reversed(net.nodes[:-1]), strict=True))
@@ -114,11 +130,56 @@ def infer(
         status=relaxation.status,
         num_steps=relaxation.num_steps,
         inference=inference,
-        initial={name: engine.read_activity(name, initial=True) for name in net.nodes},
+        initial={
+            name: engine.read_activity(name, initial=True).view(-1, *shapes[name]) for name in net.nodes
+        },
         clamped=tuple(clamp),
         given={name: values.detach().clone() for name, values in given.items()},
         seed=seed,
+        held={name: values.detach().clone() for name, values in still.items()},
     )
+
+
+def recall(
+    net: Network,
+    weights: Weights,
+    known: Mapping[str, Tensor],
+    mask: Mapping[str, Tensor] | None = None,
+    inference: Inference | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    **settings: Any,
+) -> InferenceResult:
+    """What a network makes of a part: nodes, and units of nodes, that are known are held, all others relax
+    (Salvatori et al. 2021, 2022).
+
+    known: {node: [B, units] or [B, *shape]}.
+    mask: {node: bool, same shape} of nodes known in part: True where a unit is known. The values that `known`
+        has for the others are where these start: nothing is known of a noisy picture, say, and all of it is a
+        good start.
+    initial: where to start nodes that are not in `known`; else at their predictions.
+    inference: the knobs, default 500 steps of momentum, as the last changes are slow.
+    settings: backend, device, throw, seed and grouped, as for `infer`.
+
+    Returns and raises what `infer` does.
+
+    >>> from pctt import Dense, chain, init
+    >>> net = chain(2, [Dense(3)])
+    >>> half = {"dense1": torch.tensor([[True, True, False]])}
+    >>> image = torch.tensor([[1.0, 2.0, 0.0]])
+    >>> recall(net, init(net), {"dense1": image}, half).activities["dense1"].shape
+    torch.Size([1, 3])
+    """
+    mask = mask or {}
+    for name in mask:
+        if name not in known:
+            raise ValueError(
+                f"the mask of {name!r} says which of its units are known; give their values too."
+            )
+    inference = inference or Inference(num_steps=500, rate=0.05, dynamics="momentum", momentum=0.9)
+    start = {name: known[name] for name in mask}
+    held = {name: units for name, units in mask.items() if not isinstance(units, Tensor) or units.any()}
+    clamp = {name: values for name, values in known.items() if name not in mask}
+    return infer(net, weights, clamp, inference, {**(initial or {}), **start}, held=held, **settings)
 
 
 def weight_gradients(
@@ -147,8 +208,9 @@ def weight_gradients(
             device=device,
             grouped=grouped,
             batch_size=len(next(iter(result.given.values()))),
+            held=tuple(result.held),
         )
-        engine.relax(result.given, seed=result.seed)
+        engine.relax(result.given, seed=result.seed, held=result.held)
         engine.compute_gradients()
         return engine.gradients()
     # The same program with every node clamped has each layer's source, drive and error at hand without an
@@ -166,8 +228,8 @@ def weight_gradients(
         grouped=grouped,
         batch_size=len(next(iter(base.values()))),
     )
-    engine.relax(base)
-    engine.write_errors(result.errors)
+    engine.relax({name: values.flatten(1) for name, values in base.items()})
+    engine.write_errors({name: values.flatten(1) for name, values in result.errors.items()})
     engine.compute_gradients()
     return engine.gradients()
 
@@ -184,28 +246,64 @@ def _check_given(
         )
     sizes: dict[int, str] = {}
     for name, values in {**clamp, **initial}.items():
-        units = net.widths[net.node_index(name)]
-        if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[1] != units:
+        shape, units = net.shapes[net.node_index(name)], net.widths[net.node_index(name)]
+        if not isinstance(values, Tensor) or tuple(values.shape[1:]) not in (shape, (units,)):
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"{name!r} must be a tensor of shape [batch, {units}], got {got}.")
+            expected = ", ".join(map(str, shape))
+            raise ValueError(f"{name!r} must be a tensor of shape [batch, {expected}], got {got}.")
         if values.dtype != dtype:
             raise ValueError(f"{name!r} is {values.dtype} but the weights are {dtype}; convert one of them.")
         if not torch.isfinite(values).all():
             raise ValueError(f"{name!r} holds NaN or infinite values; clean the data first.")
+        check_whole_numbers(net, name, values)
         sizes.setdefault(values.shape[0], name)
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
             f"all given nodes must have the same number of samples, at least one, got {sorted(sizes)}."
         )
-    output = net.layers[-1]
-    if isinstance(output.energy, Categorical):
-        if net.output in initial:
+    for name, layer, shape in zip(net.names, net.layers, net.shapes[net.num_roots :], strict=True):
+        if isinstance(layer.energy, Categorical):
+            if name in initial:
+                raise ValueError(
+                    f"{name!r} is categorical: free, it follows its prediction, so an initial activity "
+                    "has no effect; clamp it."
+                )
+            if name in clamp:
+                check_distribution(name, clamp[name].reshape(-1, shape[-1]))
+
+
+def _check_held(net: Network, held: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{node: bool [B, units]}"""
+    for name, units in held.items():
+        net.node_index(name)
+        if name not in initial:
             raise ValueError(
-                f"{net.output!r} is categorical: free, it follows its prediction, so an initial activity "
-                "has no effect; clamp it."
+                f"units of {name!r} can only be held at an initial activity; give it, e.g. "
+                f"initial={{{name!r}: x}}, and do not clamp the node."
             )
-        if net.output in clamp:
-            check_distribution(net.output, clamp[net.output])
+        if not isinstance(units, Tensor) or units.dtype != torch.bool or units.shape != initial[name].shape:
+            expected, got = list(initial[name].shape), _told(units)
+            raise ValueError(f"held units of {name!r} must be a bool tensor {expected}, got {got}.")
+    return {name: units.flatten(1) for name, units in held.items()}
+
+
+def _told(values: object) -> str:
+    if isinstance(values, Tensor):
+        return f"{values.dtype} {list(values.shape)}"
+    return type(values).__name__
+
+
+def check_whole_numbers(net: Network, name: str, values: Tensor) -> None:
+    """Raises ValueError unless all `values` are rows of every table that reads node `name`."""
+    num = net.vocabulary(net.node_index(name))
+    if num is None:
+        return
+    off = (values != values.round()) | (values < 0) | (values >= num)
+    if off.any():
+        found = float(values[off][0])
+        raise ValueError(
+            f"{name!r} is read by an embedding, so it must hold whole numbers 0 to {num - 1}, got {found:g}."
+        )
 
 
 def check_distribution(name: str, values: Tensor) -> None:

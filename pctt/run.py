@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,14 @@ from pctt.energies import Categorical
 from pctt.engine import Engine, Relaxation, Status
 from pctt.inference import Inference
 from pctt.learning import Adam, Learning
-from pctt.network import INPUT, Network, Weights, check_weights, init
-from pctt.queries import check_distribution
+from pctt.network import Network, Weights, check_weights, init
+from pctt.queries import check_distribution, check_whole_numbers
 
 CHECKPOINT = "checkpoint.safetensors"
 EVALUATION_BATCH = 1000
 
-Data = Split | tuple[Any, Any]
+Data = Split | tuple[Any, Any] | Mapping[str, Any]
+"""Inputs and labels or targets; or the data of each clamped node, by name."""
 Callback = Callable[[str, dict[str, Any]], None]
 
 
@@ -80,6 +81,8 @@ class Trainer:
     backend, device: where.    seed: of weights and batch order.    batch_size: samples per learning step.
     algorithm: "pc" or "backprop".    grouped: stack equal layers; the numbers are the same.
     precision: formats of the tensors on a card.
+    clamped: the nodes that data are clamped to, by default the input and the output of the network. Others
+        take data by name, `fit({node: values})`: of a generative model the images alone, say.
 
     Raises ValueError for what does not fit together or does not fit the chip, BackendUnavailable where the
     backend cannot run. On ttnn's mock device, which computes nothing, an `Engine` can be built, no Trainer.
@@ -102,6 +105,7 @@ class Trainer:
         algorithm: str = "pc",
         grouped: bool = True,
         precision: PrecisionPolicy | None = None,
+        clamped: Sequence[str] | None = None,
     ) -> None:
         require_count("seed", seed)
         require_count("batch_size", batch_size, least=1)
@@ -130,12 +134,20 @@ class Trainer:
         self.batch_size = batch_size
         self.algorithm = algorithm
         self.progress = Progress()
+        self.clamped = tuple(clamped) if clamped is not None else (net.input_name, net.output)
+        if algorithm == "backprop" and (
+            net.sources_ahead or not set(net.nodes[: net.num_roots]) <= set(self.clamped)
+        ):
+            raise ValueError(
+                "backpropagation goes from clamped inputs to clamped outputs through a graph without cycles; "
+                "clamp all inputs, or use PC."
+            )
         weights = weights if weights is not None else init(net, seed)
         self.engine = Engine(
             net,
             weights,
             self.inference if algorithm == "pc" else Inference(num_steps=0),
-            clamped=(INPUT, net.output),
+            clamped=self.clamped,
             learning=self.learning,
             backend=backend,
             device=device,
@@ -144,6 +156,7 @@ class Trainer:
             batch_size=batch_size,
         )
         self._stop_requested = False
+        self._asking: Engine | None = None  # relaxes with the input alone clamped
 
     @property
     def weights(self) -> Weights:
@@ -178,7 +191,7 @@ class Trainer:
         there.
 
         train_data, validation: a Split or (inputs [N, D], labels [N] or targets [N, units]), tensors or
-        arrays.
+        arrays; or {node: [N, units] or [N, *shape]} of all clamped nodes.
         callbacks: called as callback(kind, fields) with the records "batch", "epoch" and "trajectory" of
         docs/runs.md.
         save_to: folder for a checkpoint after every epoch, and after every `save_every` batches.
@@ -188,10 +201,10 @@ class Trainer:
         Raises ValueError for data that do not fit the network.
         """
         require_count("epochs", epochs)
-        inputs, targets, _ = self._data(train_data)
+        data, _ = self._data(train_data)
         held_out = self._data(validation) if validation is not None else None
         try:
-            return self._fit(inputs, targets, held_out, epochs, callbacks, save_to, save_every)
+            return self._fit(data, held_out, epochs, callbacks, save_to, save_every)
         except DeviceLost as error:
             lost = "what was learnt since the last checkpoint is lost"
             message = f"after batch {self.progress.step}: {error}; {lost}."
@@ -199,15 +212,15 @@ class Trainer:
 
     def _fit(
         self,
-        inputs: Tensor,
-        targets: Tensor,
-        held_out: tuple[Tensor, Tensor, Tensor] | None,
+        data: dict[str, Tensor],
+        held_out: tuple[dict[str, Tensor], Tensor | None] | None,
         epochs: int,
         callbacks: Sequence[Callback],
         save_to: str | Path | None,
         save_every: int | None,
     ) -> FitResult:
-        num_batches = math.ceil(len(inputs) / self.batch_size)
+        num_samples = len(next(iter(data.values())))
+        num_batches = math.ceil(num_samples / self.batch_size)
         progress, accuracy, names = self.progress, None, self.net.layer_names
         self._stop_requested = False
 
@@ -217,7 +230,7 @@ class Trainer:
 
         while progress.epoch < epochs:
             started = time.perf_counter()
-            order = self._order(len(inputs), progress.epoch)
+            order = self._order(num_samples, progress.epoch)
             upcoming: dict[str, Tensor] | None = None
             while progress.batch < num_batches:
                 first = progress.batch * self.batch_size
@@ -225,11 +238,11 @@ class Trainer:
                 record = progress.batch == 0
                 rate = self.learning.rate * self.learning.schedule.factor(progress.step, epochs * num_batches)
                 self.engine.set_nudge(progress.step / max(1, epochs * num_batches - 1))
-                batch = upcoming or {INPUT: inputs[rows], self.net.output: targets[rows]}
+                batch = upcoming or {name: values[rows] for name, values in data.items()}
                 upcoming = None
                 if progress.batch + 1 < num_batches:
                     following = order[first + self.batch_size : first + 2 * self.batch_size]
-                    upcoming = {INPUT: inputs[following], self.net.output: targets[following]}
+                    upcoming = {name: values[following] for name, values in data.items()}
                 relaxation = self._train_batch(batch, upcoming, rate, record)
                 if not relaxation.status.ok:
                     return self._failed(relaxation)
@@ -256,7 +269,9 @@ class Trainer:
                     return self._result(Status.STOPPED, Status.STOPPED.value, accuracy)
             train_energy = progress.energy / progress.samples
             progress.epoch, progress.batch, progress.energy, progress.samples = progress.epoch + 1, 0, 0.0, 0
-            accuracy = self._accuracy(held_out[0], held_out[2]) if held_out else None
+            accuracy = None
+            if held_out is not None and held_out[1] is not None:
+                accuracy = self._accuracy(held_out[0][self.net.input_name], held_out[1])
             emit(
                 "epoch",
                 epoch=progress.epoch,
@@ -279,27 +294,47 @@ class Trainer:
 
     def evaluate(self, data: Data) -> float:
         """Fraction of the samples whose largest predicted output is at their label (or at the largest
-        target).
+        target); of an output with positions the fraction of these.
+
+        Raises ValueError where nothing can be right or wrong: the input or the output is not clamped.
         """
-        inputs, _, labels = self._data(data)
-        return self._accuracy(inputs, labels)
+        nodes, labels = self._data(data)
+        if labels is None:
+            raise ValueError(
+                f"accuracy needs the data of {self.net.input_name!r} and {self.net.output!r}; this run "
+                "clamps "
+                f"{', '.join(self.clamped)}."
+            )
+        return self._accuracy(nodes[self.net.input_name], labels)
 
     def predict(self, inputs: Tensor) -> Tensor:
-        """The output predicted from `inputs` [N, D] alone, [N, units]: one feedforward sweep."""
+        """The output predicted from `inputs` [N, D] alone, [N, units]: one feedforward sweep; where the
+        graph has none from the input, the output's activity after inference with the input clamped.
+        """
         size = self.engine.backend.planned_rows or EVALUATION_BATCH
-        return torch.cat([self.engine.predict(part) for part in inputs.split(size)])
+        return torch.cat([self._predict(part) for part in inputs.split(size)])
+
+    def _predict(self, inputs: Tensor) -> Tensor:
+        net = self.net
+        if not net.sources_ahead and net.nodes[: net.num_roots] == (net.input_name,):
+            return self.engine.predict(inputs)
+        if self._asking is None:
+            asking = replace(self.inference, nudge=None, weights_at="end")
+            self._asking = Engine(net, self.engine.weights(), asking, (net.input_name,))
+        self._asking.load_weights(self.engine.weights())
+        self._asking.relax({net.input_name: inputs})
+        return self._asking.read_activity(net.output)
 
     def _train_batch(
         self, batch: dict[str, Tensor], upcoming: dict[str, Tensor] | None, rate: float, record: bool
     ) -> Relaxation:
         """One learning step. batch: {node: activities}.    upcoming: the next batch, to be sent ahead."""
         if self.algorithm == "backprop":
-            inputs, targets = batch[INPUT], batch[self.net.output]
-            weights = self.engine.weights()
-            gradients, loss, error_norm = backprop.differentiate(self.net, weights, inputs, targets)
-            hidden = [0.0] * (len(self.net.layer_names) - 1)  # which have no error of their own
-            status = Status.COMPLETED if math.isfinite(loss) else Status.NON_FINITE
-            relaxation = Relaxation(status, [*hidden, loss], [*hidden, error_norm], 0)
+            gradients, losses, norms = backprop.differentiate(self.net, self.engine.weights(), batch)
+            status = Status.COMPLETED if math.isfinite(sum(losses.values())) else Status.NON_FINITE
+            names = self.net.layer_names  # of which the hidden ones have no error of their own
+            energies, norms = ([part.get(name, 0.0) for name in names] for part in (losses, norms))
+            relaxation = Relaxation(status, energies, norms, 0)
             self.engine.load_gradients(gradients)
         else:
             self.engine.set_learning(rate, self.progress.step + 1)
@@ -316,7 +351,9 @@ class Trainer:
         return torch.randperm(num_samples, generator=torch.Generator().manual_seed(_seed(self.seed, epoch)))
 
     def _accuracy(self, inputs: Tensor, labels: Tensor) -> float:
-        return float((self.predict(inputs).argmax(-1).cpu() == labels).double().mean())
+        last = self.net.shapes[self.net.output_index][-1]
+        predicted = self.predict(inputs).view(len(inputs), -1, last).argmax(-1).cpu()
+        return float((predicted == labels.view(predicted.shape)).double().mean())
 
     def _result(self, status: Status, message: str, accuracy: float | None) -> FitResult:
         return FitResult(status, message, self.progress.epoch, self.progress.step, accuracy)
@@ -341,42 +378,74 @@ class Trainer:
 
     # --- data -----------------------------------------------------------------------------------------------
 
-    def _data(self, data: Data) -> tuple[Tensor, Tensor, Tensor]:
-        """(inputs, targets, labels) checked and in the engine's dtype: [N, D], [N, units], [N]."""
-        inputs, answers = (data.inputs, data.labels) if isinstance(data, Split) else data
-        inputs, answers = _tensor(inputs), _tensor(answers)
-        units, classes = self.net.input, self.net.widths[-1]
-        if inputs.dim() != 2 or inputs.shape[1] != units:
-            raise ValueError(f"inputs must be [N, {units}] for this network, got {list(inputs.shape)}.")
-        if len(inputs) == 0 or len(inputs) != len(answers):
+    def _data(self, data: Data) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Checked data of each clamped node, [N, units] in the engine's dtype, and labels [N] or [N,
+        positions], None where the output is not clamped.
+        """
+        net = self.net
+        if isinstance(data, Mapping):
+            given = {name: _tensor(values) for name, values in data.items()}
+        else:
+            inputs, answers = (data.inputs, data.labels) if isinstance(data, Split) else data
+            given = {net.input_name: _tensor(inputs), net.output: _tensor(answers)}
+        if set(given) != set(self.clamped):
             raise ValueError(
-                f"inputs and labels must be as many, at least one; got {len(inputs)} and {len(answers)}."
+                f"data must be of the clamped nodes, {', '.join(self.clamped)}; got {', '.join(given)}."
             )
-        if not torch.isfinite(inputs).all():
-            row = int((~torch.isfinite(inputs)).any(-1).nonzero()[0])
-            raise ValueError(f"inputs hold NaN or infinite values, first in row {row}; clean the data first.")
-        if answers.dim() == 1 and not answers.is_floating_point():
+        sizes = [len(values) for values in given.values()]
+        if 0 in sizes or len(set(sizes)) != 1:
+            raise ValueError(
+                f"inputs and labels must be as many, at least one; got {' and '.join(map(str, sizes))}."
+            )
+        labels = None
+        for name, values in given.items():
+            shape, layer = net.shapes[net.node_index(name)], None
+            if net.node_index(name) in net.indices:
+                layer = net.layer(net.node_index(name))
+            if name == net.output and layer is not None and set(self.clamped) >= {net.input_name, net.output}:
+                values, labels = self._answers(values, shape, isinstance(layer.energy, Categorical))
+            elif tuple(values.shape[1:]) not in (shape, (math.prod(shape),)):
+                expected = ", ".join(map(str, shape))
+                word = "inputs" if name == net.input_name else repr(name)
+                raise ValueError(
+                    f"{word} must be [N, {expected}] for this network, got {list(values.shape)}."
+                )
+            if not torch.isfinite(values).all():
+                row = int((~torch.isfinite(values)).flatten(1).any(-1).nonzero()[0])
+                word = {net.input_name: "inputs hold", net.output: "targets hold"}.get(
+                    name, f"{name!r} holds"
+                )
+                raise ValueError(f"{word} NaN or infinite values, first in row {row}; clean the data first.")
+            check_whole_numbers(net, name, values)
+            given[name] = values.flatten(1).to(self.engine.dtype)
+        return given, labels
+
+    def _answers(self, answers: Tensor, shape: tuple[int, ...], categorical: bool) -> tuple[Tensor, Tensor]:
+        """Targets [N, *shape] and labels [N, *positions], from either."""
+        *positions, classes = shape
+        units = math.prod(shape)
+        if not answers.is_floating_point() and list(answers.shape[1:]) == positions:
             labels = answers.long()
             off = (labels < 0) | (labels >= classes)
             if off.any():
-                row = int(off.nonzero()[0])
+                first = tuple(off.nonzero()[0].tolist())
                 raise ValueError(
-                    f"labels must be 0 to {classes - 1}, as the output has {classes} units; row {row} has "
-                    f"{int(labels[row])}."
+                    f"labels must be 0 to {classes - 1}, as the output has {classes} units; row {first[0]} "
+                    "has "
+                    f"{int(labels[first])}."
                 )
-            targets = torch.nn.functional.one_hot(labels, classes)
-        elif answers.dim() == 2 and answers.shape[1] == classes:
-            targets, labels = answers, answers.argmax(-1)
-            if not torch.isfinite(targets).all():
-                raise ValueError("targets hold NaN or infinite values; clean the data first.")
-            if isinstance(self.net.layers[-1].energy, Categorical):
-                check_distribution(self.net.output, targets)
-        else:
+            return torch.nn.functional.one_hot(labels, classes), labels
+        if tuple(answers.shape[1:]) not in (shape, (units,)):
+            where = "".join(f", {size}" for size in positions)
             raise ValueError(
-                f"labels must be whole numbers [N], or targets [N, {classes}], got {answers.dtype} "
+                f"labels must be whole numbers [N{where}], or targets [N{where}, {classes}], got "
+                f"{answers.dtype} "
                 f"{list(answers.shape)}."
             )
-        return inputs.to(self.engine.dtype), targets.to(self.engine.dtype), labels
+        rows = answers.reshape(len(answers), *positions, classes)
+        if categorical and torch.isfinite(answers).all():
+            check_distribution(self.net.output, rows.reshape(-1, classes))
+        return answers, rows.argmax(-1)
 
     # --- storage --------------------------------------------------------------------------------------------
 
@@ -399,6 +468,7 @@ class Trainer:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "algorithm": self.algorithm,
+            "clamped": list(self.clamped),
         }
 
 
@@ -427,6 +497,7 @@ def load(
         learning = from_dict(Learning, description["learning"], "learning")
         progress = from_dict(Progress, description["progress"], "progress")
         settings = {name: description[name] for name in ("seed", "batch_size", "algorithm")}
+        settings["clamped"] = description.get("clamped")  # of a file from before there was a choice: None
     except (KeyError, TypeError, ValueError) as error:
         raise refused(error) from None
     trainer = Trainer(

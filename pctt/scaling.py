@@ -20,13 +20,14 @@ def mupc(net: Network) -> Network:
     >>> [layer.scale for layer in mupc(chain(4, [Dense(16), Dense(16), Dense(2)])).layers]
     [0.5, 0.25, 0.0625]
     """
-    depth = len(net.layers)
+    dense = net.dense_layers("mupc")
+    depth = len(dense)
 
     def scale(number: int) -> float:
         fan_in = net.widths[number - 1]
         if number == depth and depth > 1:
             return 1.0 / fan_in
-        return (fan_in * (depth if net.layers[number - 1].skip else 1)) ** -0.5
+        return (fan_in * (depth if dense[number - 1].skip else 1)) ** -0.5
 
-    layers = (replace(layer, scale=scale(number)) for number, layer in enumerate(net.layers, start=1))
+    layers = (replace(layer, scale=scale(number)) for number, layer in enumerate(dense, start=1))
     return replace(net, layers=tuple(layers))

@@ -113,9 +113,10 @@ def linear_equilibrium(net: Network, weights: Weights, inputs: Tensor, targets: 
     its gradient is that of learning at equilibrium. Raises ValueError for a network that is not linear or not
     Gaussian, wrong shapes, or NaN.
     """
+    layers = net.dense_layers("the closed form")
     check_weights(net, weights)
     _check_nodes(net, {INPUT: inputs, net.output: targets})
-    for name, layer in zip(net.names, net.layers, strict=True):
+    for name, layer in zip(net.names, layers, strict=True):
         if layer.activation != "identity" or not isinstance(layer.energy, Gaussian):
             raise ValueError(
                 f"the closed form needs identity activations and Gaussian energies, but layer {name!r} is "
@@ -129,7 +130,7 @@ def linear_equilibrium(net: Network, weights: Weights, inputs: Tensor, targets: 
     spread = output.new_zeros(output.shape[1], output.shape[1])  # S
     to_output = torch.eye(output.shape[1], dtype=torch.float64, device=output.device)  # J_l
     to_error: list[Tensor] = []  # J_l' P_l^-1, from L to 1
-    for name, layer in zip(net.names[::-1], net.layers[::-1], strict=True):
+    for name, layer in zip(net.names[::-1], layers[::-1], strict=True):
         precision = _precision(layer, doubles[name])
         inverse = 1.0 / precision if precision.dim() == 1 else torch.linalg.inv(precision)
         to_error.append(_times(to_output.T, inverse))
@@ -347,7 +348,7 @@ def alignment(gradients: Weights, reference: Weights) -> dict[str, Alignment]:
 
 def _prediction(net: Network, weights: Weights, index: int, source: Tensor) -> Tensor:
     """mu_l of layer `index`, 1 to L, from x_{l-1}; of a categorical layer its logits."""
-    return backprop.predict(net.layers[index - 1], weights[net.names[index - 1]], source)
+    return backprop.predict(net.dense_layers("theory")[index - 1], weights[net.names[index - 1]], source)
 
 
 def _precision(layer: Dense, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -365,7 +366,7 @@ def _times(rows: Tensor, precision: Tensor) -> Tensor:
 def _energies(net: Network, weights: Weights, nodes: list[Tensor]) -> list[Tensor]:
     """F_l of each sample, [B], of layer 1 to L at the activities of node 0 to L."""
     costs: list[Tensor] = []
-    for index, layer in enumerate(net.layers, start=1):
+    for index, layer in enumerate(net.dense_layers("theory"), start=1):
         prediction, activity = _prediction(net, weights, index, nodes[index - 1]), nodes[index]
         if isinstance(layer.energy, Categorical):
             logs = torch.log_softmax(prediction, -1)
@@ -379,6 +380,7 @@ def _energies(net: Network, weights: Weights, nodes: list[Tensor]) -> list[Tenso
 
 def _read(net: Network, weights: Weights, activities: Mapping[str, Tensor]) -> tuple[Weights, list[Tensor]]:
     """Weights, and the activities of node 0 to L, in fp64."""
+    net.dense_layers("theory")
     check_weights(net, weights)
     if set(activities) != set(net.nodes):
         raise ValueError(

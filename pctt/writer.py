@@ -19,8 +19,13 @@ class AbstractWriter:
         self.net: Network = layout.net
         self.buffers: dict[str, Buffer] = {}
         self.code: list[Instruction] = []
-        for index, layer in enumerate(self.net.layers, start=1):
-            if layer.learns_variance:  # there also where nothing is learnt, for whoever reads the weights
+        for index in self.net.owners:
+            if self.net.wiring is not None:  # also those that no instruction reads
+                for key in self.net.rule(index).weight_shapes(0):
+                    self.layer(key, index)
+            if self.net.rule(
+                index
+            ).learns_variance:  # there also where nothing is learnt, for whoever reads the weights
                 self.layer("variance", index)
 
     # --- slots ----------------------------------------------------------------------------------------------
@@ -32,6 +37,10 @@ class AbstractWriter:
     def layer(self, role: str, index: int) -> Slot:
         """A tensor of layer `index`, [in, out] or for a bias or a variance [out]."""
         return self._made(*self.layout.layer(role, index))
+
+    def inner(self, role: str, index: int, units: int) -> Slot:
+        """A tensor within the block that predicts node `index`, [batch, units]."""
+        return self._made(*self.layout.inner(role, index, units))
 
     def sum(self, role: str, index: int) -> Slot:
         """A number of node `index`."""
@@ -45,7 +54,7 @@ class AbstractWriter:
     def precision(self, index: int) -> Slot:
         """P of node `index`: one row where it is diagonal."""
         name, units = f"precision@{self.layout.tag}{index}", self.net.widths[index]
-        energy = self.net.layers[index - 1].energy
+        energy = self.net.layer(index).energy
         full = isinstance(energy, Gaussian) and energy.is_full
         return self._made(Slot(name, 0, 1), Buffer(name, 1, units if full else 1, units))
 

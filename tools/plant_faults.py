@@ -56,12 +56,16 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "twin": ("tests/unit/test_backprop.py",),
     "network": ("tests/unit/test_network.py",),
     "card": ("tests/unit/test_emulated.py", "tests/unit/test_lowering.py"),
+    "card graphs": ("tests/unit/test_graph_lowering.py",),
     "placement": ("tests/unit/test_budget.py", "tests/unit/test_cost.py", "tests/unit/test_plan.py"),
     "config": ("tests/unit/test_config.py",),
     "resume": ("tests/unit/test_run.py",),
     "checkpoint": ("tests/unit/test_checkpoint.py",),
     "record": ("tests/unit/test_record.py",),
     "data": ("tests/unit/test_idx.py", "tests/unit/test_data.py"),
+    "maps": ("tests/unit/test_maps.py",),
+    "graphs": ("tests/unit/test_graph.py",),
+    "any graph": ("tests/property/test_graphs.py",),
 }
 """Family: the test files that must notice its faults."""
 
@@ -84,6 +88,10 @@ STEPS = "pctt/inference/steps.py"
 ENGINE = "pctt/engine.py"
 REFERENCE = "pctt/backends/reference.py"
 LOWERING = "pctt/backends/lowering.py"
+GRAPH_LOWERING = "pctt/backends/graph_lowering.py"
+MAPS = "pctt/layers/maps.py"
+BLOCK = "pctt/layers/block.py"
+REFERENCE_MAPS = "pctt/backends/reference_maps.py"
 
 FAULTS = (
     Fault(
@@ -132,15 +140,15 @@ FAULTS = (
         "feedback-not-transposed",
         "transpose",
         REFERENCE,
-        "_matmul(instruction, outs[0], a, weight.mT, addend, scalars)",
-        "_matmul(instruction, outs[0], a, weight, addend, scalars)",
+        "_positions(instruction, a), weight.mT, addend, scalars)",
+        "_positions(instruction, a), weight, addend, scalars)",
     ),
     Fault(
         "outer-product-swapped",
         "transpose",
         REFERENCE,
-        "_matmul(instruction, outs[0], a.mT, b, [], scalars)",
-        "_matmul(instruction, outs[0], b.mT, a, [], scalars)",
+        "_matmul(instruction, outs[0], a.mT, b, addend, scalars)",
+        "_matmul(instruction, outs[0], b.mT, a, addend, scalars)",
     ),
     Fault("energy-without-half", "factor", ENGINE, "(0.5 * (square", "(1.0 * (square"),
     Fault("log-precision-sign", "factor", ENGINE, "-0.5 * layer.energy.log", "+0.5 * layer.energy.log"),
@@ -170,8 +178,8 @@ FAULTS = (
         "feedback-from-two-layers-up",
         "shift",
         STEPS,
-        "child = index + 1\n",
-        "child = min(index + 2, at.last)\n",
+        "for child in at.net.children(index):\n        if child in charged",
+        "for child in (min(index + 2, at.last),):\n        if child in charged",
     ),
     Fault("own-error-not-recomputed", "stale", STEPS, "elif index in at.reach.moved:", "elif False:"),
     Fault(
@@ -199,8 +207,8 @@ FAULTS = (
         "feedback-without-derivative",
         "derivative",
         DENSE,
-        "at.derivative(feedback, feedback, drive, source, self.input_function)",
-        "del drive, source",
+        "at.derivative(feedback, feedback, drive, value, self.input_function)",
+        "del drive, value",
     ),
     Fault(
         "gelu-slope-at-its-value",
@@ -220,7 +228,7 @@ FAULTS = (
         "start-taken-for-the-prediction",
         "clamp",
         STATE,
-        "if index not in self.given or index == 0:",
+        "if index not in self.given or index not in self.indices:",
         "if True:",
     ),
     Fault(
@@ -319,7 +327,7 @@ FAULTS = (
         "scale-forgets-depth",
         "scaling",
         "pctt/scaling.py",
-        "(depth if net.layers[number - 1].skip else 1)",
+        "(depth if dense[number - 1].skip else 1)",
         "1",
     ),
     Fault(
@@ -389,6 +397,34 @@ FAULTS = (
         'out.copy_(cut(values, 7) if form == "bfloat16" else values)',
     ),
     Fault(
+        "card-graph-padding-counts",
+        "card graphs",
+        GRAPH_LOWERING,
+        'self._binary("multiply", into, product, self._mask(into))',
+        "self._copied(into, product)",
+    ),
+    Fault(
+        "card-graph-sum-too-late",
+        "card graphs",
+        GRAPH_LOWERING,
+        "self._overwrite(out)\n        self.pending[out] = found",
+        "self.pending[out] = found",
+    ),
+    Fault(
+        "card-graph-weights-not-refreshed",
+        "card graphs",
+        GRAPH_LOWERING,
+        '(*done["update"], *refresh) if',
+        'done["update"] if',
+    ),
+    Fault(
+        "card-graph-shared-gradient",
+        "card graphs",
+        GRAPH_LOWERING,
+        "self._accumulate(out, addend[0], term, i.scale, i.scalar)",
+        "self._scaled(out, term, i.scale, i.scalar)",
+    ),
+    Fault(
         "spread-tensors-cost-nothing",
         "placement",
         LOWERING,
@@ -448,6 +484,142 @@ FAULTS = (
         "pctt/data/dataset.py",
         "kept, held_out = order[:-num_held_out]",
         "kept, held_out = order[:]",
+    ),
+    Fault(
+        "add-pulls-without-its-sign",
+        "maps",
+        MAPS,
+        "use.add_scaled(into, addend, v, scale * self._sign(number), scalar)",
+        "use.add_scaled(into, addend, v, scale, scalar)",
+    ),
+    Fault(
+        "gate-multiplied-by-itself",
+        "maps",
+        MAPS,
+        'use.emit("multiply", out, v, use.value(1 - number))',
+        'use.emit("multiply", out, v, use.value(number))',
+    ),
+    Fault(
+        "concat-part-from-the-wrong-place",
+        "maps",
+        MAPS,
+        "for shape in use.shapes[:number])",
+        "for shape in use.shapes[: max(0, number - 1)])",
+    ),
+    Fault(
+        "softmax-over-all-positions",
+        "maps",
+        MAPS,
+        'return (("last", use.shape[-1]),) if self.name == "softmax" else ()',
+        "return ()",
+    ),
+    Fault("mask-forgotten", "maps", MAPS, 'use.emit("multiply", out, out, use.weight("mask"))', "pass"),
+    Fault(
+        "change-without-its-base",
+        "maps",
+        BLOCK,
+        'at.add(self._slot(at, index, "change", value), now, self._base(at, index, value), -1.0)',
+        'at.copy(self._slot(at, index, "change", value), now)',
+    ),
+    Fault(
+        "branches-overwrite-each-other",
+        "maps",
+        BLOCK,
+        "addend = slot if below in pulled else None",
+        "addend = None",
+    ),
+    Fault(
+        "largest-of-the-smallest",
+        "maps",
+        REFERENCE_MAPS,
+        "aten.max_pool2d_with_indices(images, *window)[1]",
+        "aten.max_pool2d_with_indices(-images, *window)[1]",
+    ),
+    Fault(
+        "padding-left-out-of-the-mean",
+        "maps",
+        REFERENCE_MAPS,
+        "*window, False, True, None)",
+        "*window, False, False, None)",
+    ),
+    Fault("causal-mask-off-by-one", "maps", REFERENCE_MAPS, ".triu(1)", ".triu(2)"),
+    Fault("attention-not-transposed", "maps", REFERENCE_MAPS, "slopes.mT @ queries", "slopes @ queries"),
+    Fault(
+        "word-counts-once",
+        "maps",
+        REFERENCE_MAPS,
+        "table.index_add_(0, numbers",
+        "table.index_copy_(0, numbers",
+    ),
+    Fault(
+        "mean-not-normalised-away",
+        "maps",
+        REFERENCE_MAPS,
+        "inverse * (v - v.mean(axes, keepdim=True) - y",
+        "inverse * (v - y",
+    ),
+    Fault(
+        "bias-of-a-convolution-as-it-was",
+        "graphs",
+        REFERENCE_MAPS,
+        "return addend.view(channels, 1), out",
+        "return addend.clone().view(channels, 1), out",
+    ),
+    Fault(
+        "pulled-by-one-child-only",
+        "any graph",
+        STEPS,
+        "for child in at.net.children(index):\n        if child in charged",
+        "for child in at.net.children(index)[:1]:\n        if child in charged",
+    ),
+    Fault(
+        "second-source-overwrites-the-first",
+        "graphs",
+        BLOCK,
+        "pulled[value], into, addend, scale, scalar)\n                    addend = into",
+        "pulled[value], into, addend, scale, scalar)",
+    ),
+    Fault(
+        "shared-gradients-overwrite-each-other",
+        "graphs",
+        STATE,
+        "addend = slot if slot in self.written else None",
+        "addend = None",
+    ),
+    Fault(
+        "errors-of-the-sweep-before",
+        "graphs",
+        STEPS,
+        "charged |= _predict_again(at, index, waiting)",
+        "pass",
+    ),
+    Fault(
+        "nudge-sees-what-children-have-moved",
+        "graphs",
+        STEPS,
+        "pulls.append(partial(_child_pull,",
+        "pulls.insert(0, partial(_child_pull,",
+    ),
+    Fault(
+        "cycle-starts-at-its-prediction",
+        "graphs",
+        STATE,
+        "started = set(self.net.sources_ahead & self.free)",
+        "started = set[int]()",
+    ),
+    Fault(
+        "children-not-charged",
+        "graphs",
+        STATE,
+        "for child in self.net.children(index)} if live",
+        "for child in self.net.children(index)[:1]} if live",
+    ),
+    Fault(
+        "layers-in-the-order-they-were-given",
+        "graphs",
+        "pctt/network.py",
+        "ready = [name for name in left if placed.issuperset(entries[name][1])] or left[:1]",
+        "ready = left[:1]",
     ),
 )
 

@@ -22,12 +22,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pctt.backends import reference_maps
+from pctt.backends.graph_lowering import MAPS, MOVES, PRODUCTS
 from pctt.backends.lowering import TILE, CardBuffer, Chain, scalar_value
 from pctt.backends.operations import one_after_the_other
 from pctt.backends.placed import Placed
 from pctt.backends.precision import PrecisionPolicy
 from pctt.placement.chips import chip as find_chip
-from pctt.program import Instruction, Slot
+from pctt.program import BATCH, Instruction, Slot
 
 Call = Callable[[], object]
 
@@ -73,6 +75,9 @@ class Emulated(Placed):
         return one_after_the_other(calls)
 
     def _bind_one(self, i: Instruction, buffers: Mapping[str, Tensor], scalars: Mapping[str, float]) -> Call:
+        if i.op in MAPS or i.op in MOVES:
+            return partial(self._run_map, i, buffers)
+
         def tensor(slot: Slot) -> Tensor:
             return buffers[slot.buffer][slot.start : slot.stop]
 
@@ -100,6 +105,28 @@ class Emulated(Placed):
             return lambda: store(torch.addcmul(inputs[0], inputs[1], number()))
         assert i.op == "binary", i
         return self._bind_binary(i, inputs, self._number(i, scalars), store)
+
+    def _run_map(self, i: Instruction, buffers: Mapping[str, Tensor]) -> None:
+        """In fp32, on tensors without their padding; products cut their operands as `matmul` does."""
+        kept = KEPT_BITS[self.fidelity]
+
+        def corner(slot: Slot) -> Tensor:
+            buffer = self.buffer(slot.buffer)
+            rows = self.batch_size * buffer.positions if buffer.rows == BATCH else buffer.rows
+            return buffers[slot.buffer][0, :rows, : buffer.columns]
+
+        operands = [corner(slot).contiguous() for slot in i.inputs]
+        if i.op in PRODUCTS:
+            bits = [kept[self.buffer(slot.buffer).format] for slot in i.inputs]
+            operands = [
+                cut(values, bits[place][min(place, 1)]) if place < 2 or i.op.startswith("attend") else values
+                for place, values in enumerate(operands)
+            ]
+        outs = [torch.empty(corner(slot).shape) for slot in i.out]
+        MAP_OPERATIONS[i.op](i, outs, operands, {})()
+        for slot, values in zip(i.out, outs, strict=True):
+            buffers[slot.buffer].zero_()
+            _store(corner(slot), self.buffer(slot.buffer).format, values)
 
     def _number(self, i: Instruction, scalars: Mapping[str, float]) -> Callable[[], Tensor]:
         """The number that an instruction reads, as it is when called."""
@@ -222,3 +249,43 @@ def _apply(values: Tensor, chain: Chain, wide: bool) -> Tensor:
         if not wide:
             values = cut(values, BFLOAT16_BITS) if name in CUT else values.bfloat16().float()
     return values
+
+
+# --- maps ---------------------------------------------------------------------------------------------------
+
+
+def _reshape(operands: list[Tensor], options: Mapping[str, object]) -> Tensor:
+    return operands[0]
+
+
+def _rows(values: Tensor, i: Instruction) -> Tensor:
+    return values.view(-1, dict(i.options)["last"])
+
+
+def _softmax(i: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Mapping[str, float]) -> Call:
+    return lambda: _rows(outs[0], i).copy_(_rows(inputs[0], i).softmax(-1))
+
+
+def _softmax_pull(
+    i: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Mapping[str, float]
+) -> Call:
+    v, y = (_rows(values, i) for values in inputs)
+    return lambda: _rows(outs[0], i).copy_(y * (v - (v * y).sum(-1, keepdim=True)))
+
+
+def _cross_entropy(
+    i: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Mapping[str, float]
+) -> Call:
+    """Per unit, summed over the batch; the sum over units is the host's."""
+    target, logits = inputs
+    logs = _rows(logits, i).log_softmax(-1).view_as(logits)
+    return lambda: outs[0].copy_((torch.xlogy(target, target) - target * logs).sum(0, keepdim=True))
+
+
+MAP_OPERATIONS: dict[str, Callable[..., Call]] = {
+    **reference_maps.OPERATIONS,
+    "reshape": reference_maps.whole(_reshape),
+    "softmax": _softmax,
+    "softmax_pull": _softmax_pull,
+    "cross_entropy": _cross_entropy,
+}

@@ -61,6 +61,7 @@ class CardBuffer(Buffer):
     first: core of entry 0; entry i lies on core first + i. None: tiles in turn over all cores.
     widths: real columns of each entry.    content: zeros, ones, or mask (1 where a sample and a unit are).
     scalar: for one number on the card, (scale, name, options) of its value.
+    positions: rows of each sample, where a batch has several.
     """
 
     format: str = "float32"
@@ -68,6 +69,7 @@ class CardBuffer(Buffer):
     widths: tuple[int, ...] = ()
     content: str = "zeros"
     scalar: tuple[float, str, tuple[tuple[str, float], ...]] | None = None
+    positions: int = 1
 
     @property
     def role(self) -> str:
@@ -75,8 +77,8 @@ class CardBuffer(Buffer):
 
     def tiles(self, batch_size: int) -> tuple[int, int]:
         """Rows and columns of an entry as stored, in tiles."""
-        rows = batch_size if self.rows == BATCH else self.rows
-        columns = batch_size if self.columns == BATCH else self.columns
+        rows = batch_size * self.positions if self.rows == BATCH else self.rows
+        columns = batch_size * self.positions if self.columns == BATCH else self.columns
         return padded(rows, TILE) // TILE, padded(columns, TILE) // TILE
 
     def bytes_per_core(self, batch_size: int, num_cores: int) -> int:
@@ -162,7 +164,7 @@ def is_reordered(buffer: CardBuffer, slot: Slot, columns: int) -> bool:
 ADAMS = ("adam", "adamw")
 
 
-def _not_run(i: Instruction) -> str | None:
+def not_run(i: Instruction) -> str | None:
     """What an instruction stands for that the card backends do not run."""
     if i.op in ADAMS and "@layers" not in i.out[0].buffer:
         return "dynamics='adam'"
@@ -177,16 +179,113 @@ def _not_run(i: Instruction) -> str | None:
     return "nudge" if i.scalar in (NUDGE, PER_NUDGE) else words.get(i.op)
 
 
-class Lowering:
+class CardWriter:
+    """Collects card operations in `code` and the tensors they use in `buffers`."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, CardBuffer] = {}
+        self.code: list[Instruction] = []
+
+    def _emit(
+        self,
+        op: str,
+        out: Slot,
+        *inputs: Slot,
+        function: str | None = None,
+        scale: float = 1.0,
+        number: str | None = None,
+        **chains: Any,
+    ) -> Slot:
+        options = tuple((name, chain) for name, chain in chains.items() if chain)
+        self._write(Instruction(op, (out,), inputs, scale, number, function, options))
+        return out
+
+    def _write(self, operation: Instruction) -> None:
+        self.code.append(operation)
+
+    def _binary(self, function: str, out: Slot, a: Slot, b: Slot, **chains: Any) -> Slot:
+        """chains: `a_chain`, `b_chain` and `out_chain`, applied to the operands and to the result."""
+        if self._format(out) == "float32" and self._format(a) != self._format(b):
+            # A mixed operation cuts its fp32 operand to TF32: tolerable only where bfloat16 comes out.
+            low = a if self._format(a) == "bfloat16" else b
+            exact = self._emit("unary", self._beside(low, out), low)
+            a, b = (exact if slot == low else slot for slot in (a, b))
+        return self._emit("binary", out, a, b, function=function, **chains)
+
+    def _beside(self, low: Slot, out: Slot) -> Slot:
+        """A fp32 slot for a copy of `low`, where it lies."""
+        raise NotImplementedError
+
+    def _accumulate(self, out: Slot, a: Slot, b: Slot, scale: float, name: str | None) -> Slot:
+        """out = a + scale * scalars[name] * b"""
+        if name is not None:
+            return self._emit("addcmul", out, a, b, number=self._number(out, scale, name))
+        if abs(scale) == 1.0:
+            return self._binary("add" if scale > 0 else "subtract", out, a, b)
+        return self._binary("add", out, a, b, b_chain=(("multiply", scale),))
+
+    def _number(
+        self, beside: Slot, scale: float, name: str, options: tuple[tuple[str, float], ...] = ()
+    ) -> str:
+        """The buffer of one number on the card, scale times the named scalar, in the format of `beside`."""
+        form = self._format(beside)
+        key = f"{scale:g} {name}" + "".join(f" {value:g}" for _, value in options) + f" {form}@scalars"
+        value = scale, name, options
+        if key in self.buffers and self.buffers[key].scalar != value:  # the name has six digits only
+            key = f"{scale!r} {key}"
+        self.buffers.setdefault(key, CardBuffer(key, 1, 1, 1, form, first=None, scalar=value))
+        return key
+
+    def _format(self, slot: Slot) -> str:
+        return self.buffers[slot.buffer].format
+
+    # --- learning rules -------------------------------------------------------------------------------------
+
+    def _descend(self, i: Instruction, weight: Slot, state: list[Slot], change: Slot) -> None:
+        """A step of SGD."""
+        options = dict(i.options)
+        if options["weight_decay"]:
+            self._accumulate(change, change, weight, options["weight_decay"], None)
+        if state:
+            change = self._accumulate(state[0], change, state[0], options["momentum"], None)
+        self._accumulate(weight, weight, change, -1.0, i.scalar)
+
+    def _descend_by_adam(
+        self, i: Instruction, weight: Slot, first: Slot, second: Slot, gradient: Slot
+    ) -> None:
+        options = dict(i.options)
+        decay = options["weight_decay"]
+        beta1, beta2 = options["beta1"], options["beta2"]
+        settings = tuple((name, options[name]) for name in ("beta1", "beta2", "epsilon"))
+        if decay and i.op == "adamw":
+            self._accumulate(weight, weight, weight, -decay, i.scalar)
+        elif decay:
+            self._accumulate(gradient, gradient, weight, decay, None)
+        squared: Chain = (("square",), ("multiply", 1.0 - beta2))
+        scaled: Chain = (("multiply", 1.0 - beta1),)
+        self._binary("add", first, first, gradient, a_chain=(("multiply", beta1),), b_chain=scaled)
+        self._binary("add", second, second, gradient, a_chain=(("multiply", beta2),), b_chain=squared)
+        epsilon = self._number(gradient, 1.0, "adam_epsilon", settings)
+        root: Chain = (("sqrt",),)
+        inverse: Chain = (("reciprocal",),)
+        self._emit(
+            "binary", gradient, second, function="add", number=epsilon, a_chain=root, out_chain=inverse
+        )
+        self._binary("multiply", gradient, gradient, first)
+        self._emit(
+            "addcmul", weight, weight, gradient, number=self._number(weight, -1.0, "adam_rate", settings)
+        )
+
+
+class Lowering(CardWriter):
     """Rewrites one program; `lower` is the way in."""
 
     def __init__(self, program: Program, layout: Layout, policy: PrecisionPolicy) -> None:
+        super().__init__()
         self.program = program
         self.layout = layout
         self.net = layout.net
         self.policy = policy
-        self.buffers: dict[str, CardBuffer] = {}
-        self.code: list[Instruction] = []
         self.pending: dict[Slot, list[tuple[Slot, float, str | None]]] = {}
         self.position = "", 0  # section and number of the instruction that is being rewritten
         in_errors = any(name.startswith("adjoint@") for name in program.buffers)
@@ -203,15 +302,15 @@ class Lowering:
         sections = {name: list(_singles(getattr(self.program, name))) for name in names}
         sections |= {f"step{i}": list(_singles(code)) for i, code in enumerate(self.program.steps)}
         sections = {name: [self._without_unused(i) for i in code] for name, code in sections.items()}
-        life = _Life(sections, self.program.walk)
+        life = Life(sections, self.program.walk)
         sections = {name: life.without_dead(name) for name in sections}
         sections = {name: self._through_product(code) for name, code in sections.items()}
-        self.life = _Life(sections, self.program.walk)
+        self.life = Life(sections, self.program.walk)
         self.predicted = {  # layers whose predictions inference recomputes
             self._index(i.out[0])
             for code in sections.values()
             for i in code
-            if i.op == "product" and len(i.inputs) == 3 and _role(i.inputs[2]) != "bias"
+            if i.op == "product" and len(i.inputs) == 3 and role_of(i.inputs[2]) != "bias"
         }
         done = {name: self._section(name, code) for name, code in sections.items()}
         steps = tuple(done[f"step{i}"] for i in range(len(self.program.steps)))
@@ -234,7 +333,9 @@ class Lowering:
             raise ValueError(
                 "backward layers are not run by the card backends; drop them, or use backend='reference'."
             )
-        for layer, name in zip(self.net.layers, self.net.names, strict=True):
+        for layer, name in zip(
+            self.net.dense_layers("the placement core by core"), self.net.names, strict=True
+        ):
             if isinstance(layer.energy, Categorical) or layer.activation == "softmax":
                 raise ValueError(
                     f"layer {name!r} has a softmax or a categorical energy, which the card backends do not "
@@ -252,7 +353,7 @@ class Lowering:
                 )
         steps = [i for code in self.program.steps for i in code]
         for i in (*self.program.initialise, *steps, *self.program.gradients, *self.program.update):
-            if what := _not_run(i):
+            if what := not_run(i):
                 raise ValueError(
                     f"{what} is not run by the card backends; drop it, or use backend='reference'."
                 )
@@ -274,10 +375,12 @@ class Lowering:
         """
         result = list(code)
         for index, first in enumerate(code):
-            if first.op != "add" or _role(first.out[0]) != "error" or first.out[0] in first.inputs:
+            if first.op != "add" or role_of(first.out[0]) != "error" or first.out[0] in first.inputs:
                 continue
             error = first.out[0]
-            following = [i for i, other in enumerate(code[index + 1 :], index + 1) if error in _slots(other)]
+            following = [
+                i for i, other in enumerate(code[index + 1 :], index + 1) if error in slots_of(other)
+            ]
             if following and code[following[0]].op == "add" and code[following[0]].inputs[1] == error:
                 second = code[following[0]]
                 change = Slot(error.buffer.replace("error@", "product@"), error.start, error.stop)
@@ -329,7 +432,7 @@ class Lowering:
 
     def _own(self, slot: Slot) -> Slot:
         """A slot of the program, as a slot on the card."""
-        if _role(slot) in ("change",):  # is only ever the source of a product
+        if role_of(slot) in ("change",):  # is only ever the source of a product
             return self._above("change", self._index(slot))
         buffer = self.program.buffers.get(slot.buffer) or self._node_buffer(slot)
         if "@sums" in slot.buffer:  # on the card one row of sums over the batch, per unit
@@ -337,7 +440,7 @@ class Lowering:
         return self._made(slot, buffer)
 
     def _node_buffer(self, slot: Slot) -> Buffer:
-        return self.layout.node(_role(slot), self._index(slot))[1]
+        return self.layout.node(role_of(slot), self._index(slot))[1]
 
     def _made(self, slot: Slot, buffer: Buffer, shift: int = 0, **fields: Any) -> Slot:
         if slot.buffer not in self.buffers:
@@ -354,7 +457,7 @@ class Lowering:
                 spread = members[0] in self.layout.apart
             else:
                 spread = home.startswith("apart") or self.layout.is_apart(members[0])
-            fields.setdefault("format", self._default_format(_role(slot), slot))
+            fields.setdefault("format", self._default_format(role_of(slot), slot))
             entry = CardBuffer(
                 buffer.name,
                 len(members),
@@ -377,19 +480,6 @@ class Lowering:
         rows, columns = self.layout.layer("weight", index)[1].shape(0)[1:]
         return self._layer(role, index, rows=columns, columns=rows, **fields)
 
-    def _number(
-        self, beside: Slot, scale: float, name: str, options: tuple[tuple[str, float], ...] = ()
-    ) -> str:
-        """The buffer of one number on the card, scale times the named scalar, in the format of `beside`."""
-        form = self._format(beside)
-        key = f"{scale:g} {name}" + "".join(f" {value:g}" for _, value in options) + f" {form}@scalars"
-        number = CardBuffer(key, 1, 1, 1, form, first=None, scalar=(scale, name, options))
-        self.buffers.setdefault(key, number)
-        return key
-
-    def _format(self, slot: Slot) -> str:
-        return self.buffers[slot.buffer].format
-
     # --- sections -------------------------------------------------------------------------------------------
 
     def _section(self, name: str, code: list[Instruction]) -> tuple[Instruction, ...]:
@@ -409,35 +499,12 @@ class Lowering:
         write()
         return coalesce(self.code)
 
-    def _emit(
-        self,
-        op: str,
-        out: Slot,
-        *inputs: Slot,
-        function: str | None = None,
-        scale: float = 1.0,
-        number: str | None = None,
-        **chains: Any,
-    ) -> Slot:
-        options = tuple((name, chain) for name, chain in chains.items() if chain)
-        self.code.append(Instruction(op, (out,), inputs, scale, number, function, options))
-        return out
-
-    def _binary(self, function: str, out: Slot, a: Slot, b: Slot, **chains: Any) -> Slot:
-        """chains: `a_chain`, `b_chain` and `out_chain`, applied to the operands and to the result."""
-        if self._format(out) == "float32" and self._format(a) != self._format(b):
-            # A mixed operation cuts its fp32 operand to TF32: tolerable only where bfloat16 comes out.
-            low = a if self._format(a) == "bfloat16" else b
-            exact = self._emit("unary", self._beside(low, out), low)
-            a, b = (exact if slot == low else slot for slot in (a, b))
-        return self._emit("binary", out, a, b, function=function, **chains)
-
     def _beside(self, low: Slot, out: Slot) -> Slot:
         """A fp32 slot for a copy of `low`, on its core."""
         index, home = self._index(low), low.buffer.partition("@")[2]
         if home.startswith("layers"):
             return self._layer("scratch", index)
-        if _role(low).endswith("^"):
+        if role_of(low).endswith("^"):
             return self._above("scratch", index)
         return (self._below if home.startswith("apart") else self._node)("scratch", index)
 
@@ -447,7 +514,7 @@ class Lowering:
         """Flushes what `instruction` must not find pending: sums it reads, and terms it overwrites."""
         for slot in list(self.pending):
             adds_to_it = instruction.out == (slot,) and slot in instruction.inputs and self._adds(instruction)
-            reads = slot in _slots(instruction) and not adds_to_it
+            reads = slot in slots_of(instruction) and not adds_to_it
             sources = {self._home(term) for term, _, _ in self.pending[slot]}
             overwrites = any(out in sources for out in instruction.out)
             if reads or overwrites:
@@ -455,11 +522,11 @@ class Lowering:
 
     def _home(self, slot: Slot) -> Slot:
         """The slot of the program whose value a slot beside a layer carries."""
-        return self.layout.node(_role(slot).removesuffix("^"), self._index(slot))[0]
+        return self.layout.node(role_of(slot).removesuffix("^"), self._index(slot))[0]
 
     def _adds(self, instruction: Instruction) -> bool:
         """Whether `instruction` is a step of a state: out = out + s (...)."""
-        if _role(instruction.out[0]) not in self.states:
+        if role_of(instruction.out[0]) not in self.states:
             return False
         return (instruction.op == "add" and instruction.inputs[0] == instruction.out[0]) or (
             instruction.op == "product_transposed" and instruction.inputs[-1] == instruction.out[0]
@@ -483,14 +550,6 @@ class Lowering:
                 a = self._emit("unary", step, a)
             self._accumulate(state, state, a, scale, name)
 
-    def _accumulate(self, out: Slot, a: Slot, b: Slot, scale: float, name: str | None) -> Slot:
-        """out = a + scale * scalars[name] * b"""
-        if name is not None:
-            return self._emit("addcmul", out, a, b, number=self._number(out, scale, name))
-        if abs(scale) == 1.0:
-            return self._binary("add" if scale > 0 else "subtract", out, a, b)
-        return self._binary("add", out, a, b, b_chain=(("multiply", scale),))
-
     # --- operations, in the order of backends/operations.py -------------------------------------------------
 
     def _fill(self, i: Instruction) -> None:
@@ -501,7 +560,7 @@ class Lowering:
         index = self._index(i.out[0])
         stack = self.layout.nodes[index][0]
         beside = any(self.layout.nodes[other][0] == stack for other in self.predicted)
-        if _role(out) == "error" and index not in self.predicted and beside:
+        if role_of(out) == "error" and index not in self.predicted and beside:
             # Its prediction never changes, so its slot of `product` stays zero: its neighbours' operation.
             self._binary("subtract", out, a, self._node("product", index))
         else:
@@ -513,7 +572,7 @@ class Lowering:
             self.pending.setdefault(i.out[0], []).append((self._own(i.inputs[1]), i.scale, i.scalar))
             return
         out, (a, b) = self._own(i.out[0]), (self._value(slot) for slot in i.inputs)
-        if i.scalar is not None and is_row(_role(i.inputs[1])):
+        if i.scalar is not None and is_row(role_of(i.inputs[1])):
             # a row that is added to a state must not reach padding
             index = self._index(out)
             rows = self._binary("multiply", self._node("scratch", index), self._mask(index), b)
@@ -528,10 +587,10 @@ class Lowering:
         padding, and its prediction there is not.
         """
         index = self._index(i.out[0])
-        if _role(i.out[0]) == "change" and 0 < index < len(self.program.starts):
+        if role_of(i.out[0]) == "change" and 0 < index < len(self.program.starts):
             start, end = self.program.starts[index], self.program.ends[index]
-            return _role(start) == "initial" and _role(end) == "activity"
-        return _role(i.inputs[0]) == "initial" and _role(i.inputs[1]) == "anchor"
+            return role_of(start) == "initial" and role_of(end) == "activity"
+        return role_of(i.inputs[0]) == "initial" and role_of(i.inputs[1]) == "anchor"
 
     def _multiply(self, i: Instruction) -> None:
         self._binary("multiply", self._own(i.out[0]), *(self._value(slot) for slot in i.inputs))
@@ -553,7 +612,7 @@ class Lowering:
         """Whether the function could join the operation that has just written its argument."""
         for index in range(len(self.code) - 1, -1, -1):
             earlier = self.code[index]
-            if a in _slots(earlier) or out in _slots(earlier):
+            if a in slots_of(earlier) or out in slots_of(earlier):
                 break
         else:
             return False
@@ -582,29 +641,30 @@ class Lowering:
     def _product(self, i: Instruction) -> None:
         a, weight, *addend = i.inputs
         layer, out = self._index(weight), self._own(i.out[0])
-        if _role(weight) == "weight":
+        if role_of(weight) == "weight":
             operands = self._sent(a), self._layer("operand", layer)
         else:  # a change of the weights, which must not reach padding
             source = self._above("sent", layer - 1)
             self._binary("multiply", source, self._own(a), self._mask(layer - 1))
             operands = source, self._emit("unary", self._layer("changed", layer), self._own(weight))
-        direct = (not addend or _role(addend[0]) == "bias") and not self._parted(layer)
+        direct = (not addend or role_of(addend[0]) == "bias") and not self._parted(layer)
         product = self._emit("matmul", out if direct else self._below("product", layer), *operands)
         if not addend:
             assert i.scale == 1.0 and i.scalar is None
             if product != out:
                 self._emit("unary", out, product)
-        elif _role(addend[0]) == "bias":
+        elif role_of(addend[0]) == "bias":
             self._binary("add", out, product, self._own(addend[0]))
         else:
             self._accumulate(out, self._own(addend[0]), product, i.scale, i.scalar)
 
     def _product_transposed(self, i: Instruction) -> None:
         v, weight, *addend = i.inputs
+        assert addend or (i.scale, i.scalar) == (1.0, None), i  # no chain asks for that
         layer = self._index(weight)
         feedback = self._above("feedback", layer - 1)
         self._emit("matmul", feedback, self._received(v), self._turned("transposed", layer))
-        if not addend and _role(i.out[0]) == "adjoint":  # is a sum, a state's step and a source: so at home
+        if not addend and role_of(i.out[0]) == "adjoint":  # is a sum, a state's step and a source: so at home
             self._emit("unary", self._own(i.out[0]), feedback)
             return
         if not addend:
@@ -642,39 +702,14 @@ class Lowering:
         self._emit("row_sums", self._own(i.out[0]), square)
 
     def _sgd(self, i: Instruction) -> None:
-        (weight, *state), options = [self._own(slot) for slot in i.out], dict(i.options)
-        change = self._own(i.inputs[0])
-        if options["weight_decay"]:
-            self._accumulate(change, change, weight, options["weight_decay"], None)
-        if state:
-            change = self._accumulate(state[0], change, state[0], options["momentum"], None)
-        self._accumulate(weight, weight, change, -1.0, i.scalar)
-        if self.position[0].startswith("step") and _role(weight) == "weight":
+        weight, *state = (self._own(slot) for slot in i.out)
+        self._descend(i, weight, state, self._own(i.inputs[0]))
+        if self.position[0].startswith("step") and role_of(weight) == "weight":
             self._renew(self._index(weight))
 
     def _adam(self, i: Instruction) -> None:
-        (weight, first, second), options = [self._own(slot) for slot in i.out], dict(i.options)
-        gradient, decay = self._own(i.inputs[0]), options["weight_decay"]
-        beta1, beta2 = options["beta1"], options["beta2"]
-        settings = tuple((name, options[name]) for name in ("beta1", "beta2", "epsilon"))
-        if decay and i.op == "adamw":
-            self._accumulate(weight, weight, weight, -decay, i.scalar)
-        elif decay:
-            self._accumulate(gradient, gradient, weight, decay, None)
-        squared: Chain = (("square",), ("multiply", 1.0 - beta2))
-        scaled: Chain = (("multiply", 1.0 - beta1),)
-        self._binary("add", first, first, gradient, a_chain=(("multiply", beta1),), b_chain=scaled)
-        self._binary("add", second, second, gradient, a_chain=(("multiply", beta2),), b_chain=squared)
-        epsilon = self._number(gradient, 1.0, "adam_epsilon", settings)
-        root: Chain = (("sqrt",),)
-        inverse: Chain = (("reciprocal",),)
-        self._emit(
-            "binary", gradient, second, function="add", number=epsilon, a_chain=root, out_chain=inverse
-        )
-        self._binary("multiply", gradient, gradient, first)
-        self._emit(
-            "addcmul", weight, weight, gradient, number=self._number(weight, -1.0, "adam_rate", settings)
-        )
+        weight, first, second = (self._own(slot) for slot in i.out)
+        self._descend_by_adam(i, weight, first, second, self._own(i.inputs[0]))
 
     _adamw = _adam
 
@@ -686,14 +721,14 @@ class Lowering:
 
     def _sent(self, slot: Slot) -> Slot:
         """A source of a product, on the product's core and in the format of its operands."""
-        if _role(slot) == "change":
+        if role_of(slot) == "change":
             return self._own(slot)
         return self._emit("unary", self._above("sent", self._index(slot)), self._own(slot))
 
     def _received(self, slot: Slot) -> Slot:
         """The error of a node, where the layer lies that predicts it."""
         index, own = self._index(slot), self._own(slot)
-        below = self._below(_role(slot), index)
+        below = self._below(role_of(slot), index)
         return own if below == own else self._emit("unary", below, own)
 
     def _refresh(self) -> None:
@@ -718,11 +753,11 @@ def lower(program: Program, layout: Layout, policy: PrecisionPolicy) -> Program:
 # --- instructions one by one --------------------------------------------------------------------------------
 
 
-def _role(slot: Slot) -> str:
+def role_of(slot: Slot) -> str:
     return slot.buffer.partition("@")[0]
 
 
-def _slots(instruction: Instruction) -> tuple[Slot, ...]:
+def slots_of(instruction: Instruction) -> tuple[Slot, ...]:
     return (*instruction.out, *instruction.inputs)
 
 
@@ -749,7 +784,7 @@ READ_BY_HOST = ("activity", "error", "initial", "anchor")
 """Roles that callers read after a relaxation."""
 
 
-class _Life:
+class Life:
     """Which values are read before they are overwritten, over all paths through the sections."""
 
     def __init__(self, sections: dict[str, list[Instruction]], walk: tuple[int, ...]) -> None:
@@ -782,7 +817,7 @@ class _Life:
                 if slot in instruction.out:
                     break
             else:
-                if name in ("finish", "sweep") and _role(slot) in READ_BY_HOST:
+                if name in ("finish", "sweep") and role_of(slot) in READ_BY_HOST:
                     return False
                 ahead += [(other, 0) for other in self.following[name] if other not in seen]
                 seen.update(self.following[name])

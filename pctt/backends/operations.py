@@ -13,14 +13,32 @@ where the operation is elementwise, or the addend.
     derivative          out = J_f(z)' v                 inputs v, z, y = f(z)
     product             out = addend + s a W            the addend may be missing; a bias row is broadcast
     product_transposed  out = addend + s a W'           likewise
-    outer               out = s a' b                    sums over the batch
-    column_sum          out = s (sum of a over the batch)
+    outer               out = addend + s a' b           sums over the batch; the addend may be missing
+    column_sum          out = addend + s (sum of a over the batch)
     inner               out[n] = sum of a . b over batch and units
     cross_entropy       out[n] = sum of KL(a || softmax(z)) over the batch
     clip                every out scaled so that their joint norm, per layer, is at most `scale`
     sgd, adam, adamw    outs (weight, state ...) updated from the input (gradient): see learning/rules.py
     step_control        outs (factor, accepted), [1, B, 1]: see inference/dynamics.py, heun_acceptance
     variance            outs (v, P): v += adaptation (mean square - v), P = 1 / v: see energies.py
+
+Those of the maps of graphs, on tensors of one entry. Samples are flat; their shapes, windows and axes stand
+in the options. Where an addend is named it may be missing.
+
+    product, product_transposed, outer, column_sum      with option positions: a sample is so many rows
+    activate, derivative, cross_entropy                 with option last: softmax over rows of so many
+    convolve            out = addend + s (a convolved with W); a bias row goes to all pixels of its channel
+    convolve_transposed, convolve_outer                 its products with respect to a and to W
+    pool_max, unpool_max, pool_mean, unpool_mean        windows, and v spread back over them
+    take, put           out = addend + s (entries start to start + length of one axis), and its transpose
+    permute             out = addend + s (the axes of a in another order)
+    shift               out = a + s
+    add_channels        out = a + s w                   a as [B, outer, channels, inner], w per channel
+    scale_channels, divide_channels                     out = addend + s a w, addend + s a / sqrt(w + epsilon)
+    channel_sum, channel_inner                          out = addend + s (sum of a, of a . b), per channel
+    normalise, normalise_pull                           (a - mean) / deviation over a region, and its J'v
+    embed, embed_outer  rows of a table by number, and their sums
+    attend, attend_pull scaled dot-product attention, and its J'v for queries, keys and values
 """
 
 from __future__ import annotations

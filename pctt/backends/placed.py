@@ -39,19 +39,25 @@ class Placed:
         self.fidelity = self.policy.fidelity or chip.fp32_fidelity
         self._buffers: dict[str, CardBuffer] = {}
         self.planned_rows = 0
+        self.batch_size = 0  # of the batch that runs
         self._masked: dict[int, int] = {}  # batch size that the masks of a set of buffers stand for
 
     def compile(
         self, net: Network, grouped: bool, write: Callable[[Layout], Program], batch_size: int
     ) -> tuple[Layout, Program]:
         self.planned_rows = padded(batch_size, TILE)
+        self.uniform = net.wiring is None  # the nodes of a graph are served one after the other
         self.layout, self.program = arrange(
             net, grouped, write, self.policy, self.chip, self.grid, self.planned_rows
         )
+        self.refuse_what_it_lacks()
         self._buffers = {
             name: buffer for name, buffer in self.program.buffers.items() if isinstance(buffer, CardBuffer)
         }
         return self.layout, self.program
+
+    def refuse_what_it_lacks(self) -> None:
+        """Raises ValueError naming a layer whose card operations this backend does not have."""
 
     def buffer(self, name: str) -> CardBuffer:
         return self._buffers[name]
@@ -64,14 +70,16 @@ class Placed:
         return self.planned_rows
 
     def begin(self, buffers: Mapping[str, Any], batch_size: int) -> None:
+        self.batch_size = batch_size
         if self._masked.get(id(buffers)) == batch_size:
             return
         self._masked[id(buffers)] = batch_size
         for name, handle in buffers.items():
             buffer = self._buffers[name]
             if buffer.content == "mask":
+                rows = batch_size * buffer.positions
                 for entry, width in enumerate(buffer.widths):
-                    self.write(handle, Slot(name, entry, entry + 1), torch.ones(batch_size, width))
+                    self.write(handle, Slot(name, entry, entry + 1), torch.ones(rows, width))
 
     def write(self, buffer: Any, slot: Slot, values: Tensor) -> None:
         entry = self._buffers[slot.buffer]

@@ -12,12 +12,16 @@ FIDELITIES = ("LoFi", "HiFi2", "HiFi3", "HiFi4")
 BYTES = {"float32": 4, "bfloat16": 2}
 
 _ROLES = {
-    "states": ("deviation", "velocity", "prior", "step"),
+    "states": ("deviation", "velocity", "prior", "step", "held_slope"),
     "anchors": (
         *("initial", "anchor", "anchor_drive", "anchor_source", "activity", "source", "drive", "prediction"),
         *("transposed_activity", "product", "square", "mask", "scratch", "drift", "shifted"),
+        *("base", "value", "movable"),
     ),
-    "operands": ("error", "weighted_error", "gated", "feedback", "adjoint", "change", "sent", "ones"),
+    "operands": (
+        *("error", "weighted_error", "gated", "feedback", "adjoint", "change", "sent", "ones"),
+        *("pulled", "slope", "spread", "attended"),
+    ),
     "weights": ("operand", "transposed", "changed"),
     "masters": (
         *("weight", "weight_gradient", "weight_momentum", "weight_first_moment", "weight_second_moment"),
@@ -32,9 +36,10 @@ class PrecisionPolicy:
     """float32 or bfloat16 for each kind of tensor; docs/numerics.md has the measurements behind the defaults.
 
     states: deviations and what is added to them. They sum many small steps, which bfloat16 would round away.
-    anchors: initial predictions, drives, sources, activities. A deviation is the difference of two of them.
-    operands: what matrix products read and write: errors, gated errors, feedback, changes. They are small and
-        need relative precision only, so bfloat16 costs 2^-9 of each.
+    anchors: initial predictions, drives, sources, activities, values within a block. A deviation is the
+        difference of two of them.
+    operands: what matrix products read and write: errors, gated errors, feedback, changes, what is pulled
+        down within a block. They are small and need relative precision only, so bfloat16 costs 2^-9 of each.
     weights: the copies of the weights that products read.
     masters: the weights that learning changes, their gradients and the state of the learning rule.
     fidelity: of the matrix unit: LoFi, HiFi2, HiFi3 or HiFi4; None takes the chip's default.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pctt.activations import LEAKY_SLOPE
+from pctt.backends import reference_maps
 from pctt.backends.operations import BackendUnavailable, one_after_the_other
 from pctt.energies import VARIANCE_FLOOR
 from pctt.groups import Layout, layout
@@ -183,30 +184,48 @@ def _multiply(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor]
 
 def _activate(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars) -> Call:
     assert instruction.function is not None
+    outs, inputs = _rows(instruction, outs), _rows(instruction, inputs)
     return partial(ACTIVATE[instruction.function], inputs[0], out=outs[0])
 
 
 def _derivative(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars) -> Call:
     assert instruction.function is not None
+    outs, inputs = _rows(instruction, outs), _rows(instruction, inputs)
     v, drive, value = inputs
     return DERIVATIVE[instruction.function](outs[0], v, drive, value)
 
 
+def _rows(instruction: Instruction, tensors: list[Tensor]) -> list[Tensor]:
+    """Samples of several rows as the rows they are: option `last`, units of a row."""
+    last = dict(instruction.options).get("last")
+    return tensors if last is None else [tensor.view(-1, last) for tensor in tensors]
+
+
+def _positions(instruction: Instruction, tensor: Tensor) -> Tensor:
+    """[B, positions units] as [B positions, units]"""
+    positions = dict(instruction.options).get("positions", 1)
+    return tensor if positions == 1 else tensor.view(-1, tensor.shape[-1] // positions)
+
+
 def _product(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars) -> Call:
     a, weight, *addend = inputs
-    return _matmul(instruction, outs[0], a, weight, addend, scalars)
+    return _matmul(instruction, outs[0], _positions(instruction, a), weight, addend, scalars)
 
 
 def _product_transposed(
     instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars
 ) -> Call:
     a, weight, *addend = inputs
-    return _matmul(instruction, outs[0], a, weight.mT, addend, scalars)
+    return _matmul(instruction, outs[0], _positions(instruction, a), weight.mT, addend, scalars)
 
 
 def _matmul(
     instruction: Instruction, out: Tensor, a: Tensor, b: Tensor, addend: list[Tensor], scalars: Scalars
 ) -> Call:
+    if instruction.op != "outer":
+        is_row = addend and addend[0].shape[-1] != out.shape[-1]
+        addend = addend if is_row else [_positions(instruction, tensor) for tensor in addend]
+        out = _positions(instruction, out)
     if not addend and instruction.scale == 1.0 and instruction.scalar is None:
         return partial(torch.matmul, a, b, out=out)
     # beta=0 makes torch ignore the addend, whatever stands in it
@@ -220,14 +239,19 @@ def _matmul(
 
 
 def _outer(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars) -> Call:
-    a, b = inputs
-    return _matmul(instruction, outs[0], a.mT, b, [], scalars)
+    a, b, *addend = inputs
+    a, b = _positions(instruction, a), _positions(instruction, b)
+    return _matmul(instruction, outs[0], a.mT, b, addend, scalars)
 
 
 def _column_sum(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars) -> Call:
-    (out,), (a,) = outs, inputs
+    (out,), (a, *addend) = outs, inputs
+    a = _positions(instruction, a)
 
     def run(factor: float) -> None:
+        if addend:
+            torch.add(addend[0], a.sum(-2, keepdim=True), alpha=factor, out=out)
+            return
         torch.sum(a, -2, keepdim=True, out=out)
         out.mul_(factor)
 
@@ -250,9 +274,11 @@ def _cross_entropy(
     instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], scalars: Scalars
 ) -> Call:
     activity, drive = inputs
+    last = dict(instruction.options).get("last", drive.shape[-1])
 
     def run() -> None:
-        terms = torch.xlogy(activity, activity) - activity * torch.log_softmax(drive, -1)
+        logits = torch.log_softmax(drive.view(*drive.shape[:-1], -1, last), -1).view(drive.shape)
+        terms = torch.xlogy(activity, activity) - activity * logits
         outs[0].copy_(terms.sum((-2, -1)).view_as(outs[0]))
 
     return run
@@ -361,4 +387,5 @@ OPERATIONS: dict[str, Build] = {
     "adamw": _adam,
     "step_control": _step_control,
     "variance": _variance,
+    **reference_maps.OPERATIONS,
 }

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pctt.backends.graph_lowering import MAPS, MOVES, number_of
 from pctt.backends.lowering import TILE, CardBuffer, Chain, is_reordered, num_programs, scalar_value
 from pctt.backends.operations import BackendUnavailable, DeviceLost
 from pctt.backends.placed import Placed
@@ -90,6 +91,15 @@ class Tenstorrent(Placed):
         fast = os.environ.get("TT_METAL_SLOW_DISPATCH_MODE") is None
         self.traces = fast and not is_mock()
         self.queues = fast  # two of them: open_device
+
+    def refuse_what_it_lacks(self) -> None:
+        for i in (*self.program.training_step(), *self.program.sweep):
+            if i.op in MAPS:
+                name = self.layout.net.nodes[number_of(i.out[0].buffer)]
+                raise ValueError(
+                    f"layer {name!r} has {MAPS[i.op]}, which TT-NN's plain operations do not give and the "
+                    "tenstorrent backend does not run; use backend='reference' or backend='emulated'."
+                )
 
     # --- tensors --------------------------------------------------------------------------------------------
 
@@ -182,6 +192,8 @@ class Tenstorrent(Placed):
     def _bind_one(self, i: Instruction, buffers: Mapping[str, Any]) -> Call:
         ttnn = self.ttnn
         out, *inputs = (buffers[slot.buffer].view(slot.start, slot.stop) for slot in (*i.out, *i.inputs))
+        if i.op in MOVES:
+            return partial(self._move, i, inputs[0], self._zeros(i), out)
         number = [] if i.scalar is None else [buffers[i.scalar].tensor]
         chains = {name: self._chain(chain) for name, chain in i.options}
         if i.op == "matmul":
@@ -229,6 +241,67 @@ class Tenstorrent(Placed):
         layout; `unary_chain` refuses views that reach over more than one row of cores.
         """
         self.ttnn.multiply(a, factor, input_tensor_a_activations=chain, output_tensor=out)
+
+    def _zeros(self, i: Instruction) -> tuple[Any, Any]:
+        """What stands before and after the entries of a `put`."""
+        if i.op != "put":
+            return None, None
+        options = dict(i.options)
+        outer, size, inner = options["view"]
+        before = options["start"] * inner
+        after = (size - options["start"] - options["length"]) * inner
+        form = getattr(self.ttnn, self.buffer(i.inputs[0].buffer).format)
+
+        def zeros(columns: int) -> Any:
+            shape = (1, 1, self.planned_rows * outer, columns)
+            if not columns:
+                return None
+            return self.ttnn.zeros(
+                shape, form, self.ttnn.TILE_LAYOUT, self.device, self.ttnn.L1_MEMORY_CONFIG
+            )
+
+        return zeros(before), zeros(after)
+
+    def _move(self, i: Instruction, a: Any, zeros: tuple[Any, Any], out: Any) -> None:
+        """Of values without their padding, by operations that change no bit; what they make on the way is
+        kept, because a trace will write there again. `moved_shapes` lists it.
+        """
+        ttnn, options, l1 = self.ttnn, dict(i.options), self.ttnn.L1_MEMORY_CONFIG
+        source, target = self.buffer(i.inputs[0].buffer), self.buffer(i.out[0].buffer)
+        rows, made = self.planned_rows, [a]
+
+        def reshaped(*shape: int) -> None:
+            if tuple(made[-1].shape) != shape:
+                made.append(ttnn.reshape(made[-1], shape, memory_config=l1))
+
+        def columns(start: int, stop: int) -> None:
+            height, width = tuple(made[-1].shape)[-2:]
+            if stop - start != width:
+                made.append(ttnn.slice(made[-1], [0, 0, 0, start], [1, 1, height, stop], memory_config=l1))
+
+        self.aside.pop(i, None)
+        columns(0, source.columns)
+        if i.op == "permute":
+            reshaped(rows, *options["shape"])
+            axes = (0, *(axis + 1 for axis in options["axes"]))
+            made.append(ttnn.permute(made[-1], axes, memory_config=l1))
+        elif i.op != "reshape":
+            outer, size, inner = options["view"]
+            start, length = options["start"], options["length"]
+            if i.op == "take":
+                reshaped(1, 1, rows * outer, size * inner)
+                columns(start * inner, (start + length) * inner)
+            else:
+                reshaped(1, 1, rows * outer, length * inner)
+                parts = [part for part in (zeros[0], made[-1], zeros[1]) if part is not None]
+                if len(parts) > 1:
+                    made.append(ttnn.concat(parts, dim=-1, memory_config=l1))
+        reshaped(1, 1, rows * target.positions, target.columns)
+        extra = -target.columns % TILE
+        if extra:
+            made.append(ttnn.pad(made[-1], [(0, 0)] * 3 + [(0, extra)], 0.0, memory_config=l1))
+        self.aside[i] = made[1:]
+        self._scaled(made[-1], 1.0, [], out)
 
     def _gathering(self, slot: Slot) -> Any:
         """A spread tensor to gather entries in that TT-NN would misplace without a word, or None."""

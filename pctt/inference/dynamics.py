@@ -72,10 +72,11 @@ def langevin(at: AbstractState, index: int, own: Slot | None, pulls: list[Pull])
     """v <- v - rate dF/dv + sqrt(2 rate temperature) noise (Oliviers, Bogacz & Meulemans 2024)"""
     euler(at, index, own, pulls)
     # The node keeps its draws apart from the others', so that they do not depend on how layers are grouped.
-    noise = Instruction(
-        "noise", (at.variable(index),), (at.variable(index),), 1.0, NOISE, None, (("node", index),)
-    )
-    at.code.append(noise)
+    variable, held = at.variable(index), index in at.held
+    onto = at.emit("fill", at.node("draws", index), scale=0.0) if held else variable
+    at.code.append(Instruction("noise", (onto,), (onto,), 1.0, NOISE, None, (("node", index),)))
+    if held:
+        at.add(variable, variable, at.released(index, onto))
 
 
 def heun_trial(at: AbstractState, index: int, own: Slot | None, pulls: list[Pull]) -> None:

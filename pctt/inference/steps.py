@@ -6,6 +6,7 @@ from collections.abc import Collection
 from functools import partial
 
 from pctt.inference.dynamics import Pull, Stage
+from pctt.layers.dense import Dense
 from pctt.learning.rules import SGD
 from pctt.program import LEARNING_RATE, NUDGE, Slot
 from pctt.state import AbstractState, Reach
@@ -22,21 +23,42 @@ def jacobi(at: AbstractState, stage: Stage, moving: list[int]) -> None:
 
 def gauss_seidel(at: AbstractState, stage: Stage, moving: list[int]) -> None:
     charged, reached = set(at.reach.charged), set[int]()
+    waiting = set(moving)
     for index in reversed(moving):
+        waiting.discard(index)
         deviation = at.node("deviation", index)
         if index in charged or pulls_on(at, index, charged):
             prior = at.copy(at.node("prior", index), deviation)
             _move(at, stage, index, charged)
             reached.add(index)
-            if index:  # its prediction stands still, so its error changes by as much
+            if index in at.indices:  # its prediction stands still, so its error changes by as much
                 at.add(prior, deviation, prior, -1.0)
                 error = at.node("error", index)
                 at.set_error(index, at.add(error, error, prior))
                 charged.add(index)
+            if at.inference.prediction == "live":
+                charged |= _predict_again(at, index, waiting)
     moved = at.reach.moved | reached
     if at.inference.prediction == "live":
-        charged |= {index + 1 for index in moved if index < at.last and not at.floats(index + 1)}
+        charged |= _children_of(at, moved)
     at.reach = Reach(moved, frozenset(charged))
+
+
+def _predict_again(at: AbstractState, index: int, waiting: Collection[int]) -> set[int]:
+    """After node `index` has moved: those of its children whose errors a waiting node moves by, predicted
+    anew. In a chain there is none.
+    """
+    read = [
+        child
+        for child in at.net.children(index)
+        if not at.floats(child) and not {child, *at.net.sources(child)}.isdisjoint(waiting)
+    ]
+    for child in read:
+        at.reach = Reach(at.reach.moved | {index}, at.reach.charged)
+        error = at.node("error", child)
+        at.net.rule(child).predict(at, child, error, at.node("deviation", child), -1.0)
+        at.set_error(child, error)
+    return set(read)
 
 
 def in_errors(at: AbstractState, stage: Stage, moving: list[int]) -> None:
@@ -56,10 +78,14 @@ def in_errors(at: AbstractState, stage: Stage, moving: list[int]) -> None:
     for index in sorted(reached):
         stage(at, index, at.weighted_error(index) if index in charged else None, drawn[index])
     moved = at.reach.moved | {index for index in moving if reached and index >= min(reached)}
-    charged = charged | (reached - {0})
-    charged |= {index + 1 for index in moved if index < at.last and not at.floats(index + 1)}
+    charged = charged | (reached - at.roots) | _children_of(at, moved)
     at.visited |= reached
     at.reach = Reach(moved, charged)
+
+
+def _children_of(at: AbstractState, moved: Collection[int]) -> set[int]:
+    """Nodes whose errors those have changed by moving."""
+    return {child for index in moved for child in at.net.children(index) if not at.floats(child)}
 
 
 def _move(at: AbstractState, stage: Stage, index: int, charged: Collection[int]) -> bool:
@@ -68,6 +94,12 @@ def _move(at: AbstractState, stage: Stage, index: int, charged: Collection[int])
     own = at.weighted_error(index) if index in charged else None
     if own is None and not pulls:
         return False
+    if index in at.held:
+        slope = at.node("held_slope", index)
+        start = at.copy(slope, own) if own is not None else at.emit("fill", slope, scale=0.0)
+        for pull in pulls:
+            pull(slope, start, -1.0, None)
+        own, pulls = at.released(index, slope), []
     stage(at, index, own, pulls)
     at.visited.add(index)
     return True
@@ -85,27 +117,29 @@ def pulls_on(at: AbstractState, index: int, charged: Collection[int] | None = No
     """
     charged = at.reach.charged if charged is None else charged
     pulls: list[Pull] = []
-    child = index + 1
-    if child in charged:
-        signal = None
-        if at.inference.variables == "errors" and child in at.free:
-            signal = at.node("adjoint", child)
-        pulls.append(partial(_child_pull, at, child, signal))
     if index == at.last and index in at.free and at.nudge is not None:
+        # First, since it reads the activity, which pulls may move at once.
         pulls.append(partial(_nudge_pull, at))
+    for child in at.net.children(index):
+        if child in charged:
+            signal = None
+            if at.inference.variables == "errors" and child in at.free:
+                signal = at.node("adjoint", child)
+            pulls.append(partial(_child_pull, at, child, index, signal))
     return pulls
 
 
 def _child_pull(
     at: AbstractState,
     child: int,
+    index: int,
     signal: Slot | None,
     into: Slot,
     addend: Slot | None,
     scale: float,
     scalar: str | None,
 ) -> None:
-    at.net.layers[child - 1].feedback(at, child, into, addend, scale, scalar, signal)
+    at.net.rule(child).feedback(at, child, index, into, addend, scale, scalar, signal)
 
 
 def _nudge_pull(at: AbstractState, into: Slot, addend: Slot | None, scale: float, scalar: str | None) -> None:
@@ -136,11 +170,7 @@ def follow(at: AbstractState, moving: Collection[int]) -> None:
         predict(at)
         return
     for index in at.indices:
-        deviation, error, layer = (
-            at.node("deviation", index),
-            at.node("error", index),
-            at.net.layers[index - 1],
-        )
+        deviation, error, layer = at.node("deviation", index), at.node("error", index), at.net.rule(index)
         if at.floats(index):
             continue
         if index in moving and index in at.reach.moved:
@@ -159,7 +189,7 @@ def predict(at: AbstractState) -> None:
     for index in at.indices:
         error, deviation = at.node("error", index), at.node("deviation", index)
         if at.recomputed(index) and not at.floats(index):
-            at.net.layers[index - 1].predict(at, index, error, deviation, -1.0)
+            at.net.rule(index).predict(at, index, error, deviation, -1.0)
             at.set_error(index, error)
         elif index in at.reach.moved:
             at.set_error(index, at.copy(error, deviation))
@@ -169,7 +199,8 @@ def take_up_drift(at: AbstractState) -> None:
     """q_l += s x0_{l-1} dW + db"""
     assert isinstance(at.learning, SGD)
     for index in at.indices:
-        drift, layer = at.drift(index), at.net.layers[index - 1]
+        drift, layer = at.drift(index), at.net.rule(index)
+        assert isinstance(layer, Dense)
         _, source = at.initial_activity_and_source(index - 1)
         weight, *bias = (at.layer(at.learning.change(name), index) for name in layer.trained)
         at.product(drift, source, weight, drift, -layer.scale, LEARNING_RATE)
@@ -180,7 +211,7 @@ def take_up_drift(at: AbstractState) -> None:
 def anchor_anew(at: AbstractState) -> None:
     """Anchors and errors of the weights and activities as they are now."""
     for index in at.indices:
-        at.net.layers[index - 1].anchor(at, index)
+        at.net.rule(index).anchor(at, index)
     anchor_errors(at)
 
 
@@ -203,9 +234,8 @@ def finish(at: AbstractState) -> None:
                 at.copy(activity, at.initial_activity(index))
             else:
                 at.add(activity, at.anchor(index), at.node("deviation", index))
-    last = at.last
-    if at.floats(last):
-        error, deviation = at.node("error", last), at.node("deviation", last)
-        recomputed, layer = at.recomputed(last), at.net.layers[-1]
-        prediction = layer.predict(at, last, error, deviation, -1.0) if recomputed else at.anchor(last)
-        at.copy(at.node("activity", last), prediction)
+    for index in (index for index in at.indices if at.floats(index)):
+        error, deviation = at.node("error", index), at.node("deviation", index)
+        recomputed, layer = at.recomputed(index), at.net.rule(index)
+        prediction = layer.predict(at, index, error, deviation, -1.0) if recomputed else at.anchor(index)
+        at.copy(at.node("activity", index), prediction)

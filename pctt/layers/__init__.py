@@ -1,3 +1,60 @@
-from pctt.layers.dense import Dense
+"""Kinds of layers: what they predict, what they feed back, what their weights descend."""
 
-__all__ = ["Dense"]
+from pctt.layers.block import Block, Step
+from pctt.layers.dense import Dense
+from pctt.layers.maps import (
+    Add,
+    Affine,
+    Attend,
+    AvgPool2d,
+    Bias,
+    Concat,
+    Conv2d,
+    ConvTranspose2d,
+    Embedding,
+    Fill,
+    Flatten,
+    Function,
+    Linear,
+    Map,
+    MaxPool2d,
+    Multiply,
+    Normalise,
+    NormaliseBatch,
+    Permute,
+    Reshape,
+    Scale,
+    Shift,
+    Slice,
+    Standardise,
+)
+
+__all__ = [
+    "Add",
+    "Affine",
+    "Attend",
+    "AvgPool2d",
+    "Bias",
+    "Block",
+    "Concat",
+    "Conv2d",
+    "ConvTranspose2d",
+    "Dense",
+    "Embedding",
+    "Fill",
+    "Flatten",
+    "Function",
+    "Linear",
+    "Map",
+    "MaxPool2d",
+    "Multiply",
+    "Normalise",
+    "NormaliseBatch",
+    "Permute",
+    "Reshape",
+    "Scale",
+    "Shift",
+    "Slice",
+    "Standardise",
+    "Step",
+]

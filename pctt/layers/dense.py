@@ -166,6 +166,7 @@ class Dense:
         self,
         at: AbstractState,
         index: int,
+        source: int,
         into: Slot,
         addend: Slot | None,
         scale: float,
@@ -174,8 +175,10 @@ class Dense:
     ) -> None:
         """into = addend + scale * scalars[scalar] * (vector-Jacobian product with respect to x_{l-1}).
 
-        addend: `into` itself, or None for 0.    signal: the vector, [B, units] of node l; None for P e_l.
+        source: l - 1.    addend: `into` itself, or None for 0.
+        signal: the vector, [B, units] of node l; None for P e_l.
         """
+        del source
         signal = at.weighted_error(index) if signal is None else signal
         gated, weight = self.gate(at, index, signal), at.layer("weight", index)
         if self.input_function == "identity":
@@ -183,9 +186,9 @@ class Dense:
             if self.skip:
                 at.add(into, into, signal, scale, scalar)
             return
-        drive, source = at.activity_and_source(index - 1)
+        drive, value = at.activity_and_source(index - 1)
         feedback = at.product_transposed(at.node("feedback", index - 1), gated, weight, None, self.scale)
-        at.derivative(feedback, feedback, drive, source, self.input_function)
+        at.derivative(feedback, feedback, drive, value, self.input_function)
         if self.skip:
             at.add(feedback, feedback, signal)
         if addend is None:
@@ -204,6 +207,11 @@ class Dense:
         at.outer(at.layer("weight_gradient", index), source, gated, scale=-self.scale, scalar=scalar)
         if self.bias:
             at.column_sum(at.layer("bias_gradient", index), gated, scale=-1.0, scalar=scalar)
+
+    def logits(self, at: AbstractState, index: int) -> Slot:
+        """z, which a softmax is taken of, where its current value stands."""
+        drive, _ = at.drive_and_prediction(index)
+        return drive
 
     def gate(self, at: AbstractState, index: int, signal: Slot) -> Slot:
         """v = f_out'(z) . signal; for a categorical energy dF/dz = -e already, so v = e."""

@@ -11,19 +11,22 @@ from pctt.state import AbstractState
 
 def gradients(at: AbstractState) -> None:
     """dF/dW of all layers."""
+    at.written.clear()
     for index in at.indices:
         _gradient(at, index)
 
 
 def _gradient(at: AbstractState, index: int) -> None:
-    layer = at.net.layers[index - 1]
+    layer = at.net.rule(index)
     if index in at.reach.charged:
         if at.time >= at.inference.num_steps:
             at.set_error(index, at.node("error", index))  # may have been written from outside
         layer.gradient(at, index)
     else:
         for name in layer.trained:
-            at.emit("fill", at.layer(f"{name}_gradient", index), scale=0.0)
+            slot, addend = at.gradient(name, index)
+            if addend is None:
+                at.emit("fill", slot, scale=0.0)
     if layer.learns_variance:
         error = at.node("error", index)
         squares = at.emit("multiply", at.node("squares", index), error, error)
@@ -75,8 +78,8 @@ def combine(at: AbstractState) -> None:
 
 
 def _over_gradients(at: AbstractState, write: Callable[[str, int], object]) -> None:
-    for index in at.indices:
-        for name in at.net.layers[index - 1].trained:
+    for index in at.net.owners:
+        for name in at.net.rule(index).trained:
             write(f"{name}_gradient", index)
 
 
@@ -84,7 +87,7 @@ def _over_samples(at: AbstractState, write: Callable[[str, int], object]) -> Non
     """All that is averaged over the samples of Langevin dynamics."""
     _over_gradients(at, write)
     for index in at.indices:
-        if at.net.layers[index - 1].learns_variance:
+        if at.net.layer(index).learns_variance:
             write("variance_target", index)
 
 
@@ -93,7 +96,7 @@ def update(at: AbstractState) -> None:
     assert at.learning is not None
     at.learning.write(at)
     for index in at.indices:
-        layer = at.net.layers[index - 1]
+        layer = at.net.rule(index)
         if layer.learns_variance:
             assert isinstance(layer.energy, Gaussian)
             options = (

@@ -34,7 +34,8 @@ def _write(
     """For each layer: clip its gradient, then `op` on its weight and on its bias, each with tensors of its
     own for `state`.
     """
-    parameters = [(index, layer.trained) for index, layer in enumerate(at.net.layers, start=1)]
+    parameters = [(index, at.net.rule(index).trained) for index in at.net.owners]
+    parameters = [(index, names) for index, names in parameters if names]
     if rule.clip_norm is not None:
         for index, names in parameters:
             gradients = tuple(at.layer(f"{name}_gradient", index) for name in names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pctt.backends.graph_lowering import MOVES, moved_shapes
 from pctt.backends.lowering import TILE, CardBuffer, is_reordered, num_programs
 from pctt.backends.precision import BYTES
 from pctt.groups import Layout
@@ -89,6 +90,8 @@ def budget(program: Program, chip: Chip, grid: Grid, rows: int) -> Budget:
             name = f"{i.op}_aside {number}@{home}"
             tensors.append(replace(buffer, name=name, first=None, count=out.stop - out.start))
             gathered[i.inputs[0]] = None
+        if i.op in MOVES:
+            tensors += _made_by_moves(number, i, program)
     for slot in gathered:
         source = card_buffer(program, slot.buffer)
         if is_reordered(source, slot, grid[0]):
@@ -98,6 +101,17 @@ def budget(program: Program, chip: Chip, grid: Grid, rows: int) -> Budget:
     entries = tuple(Entry(buffer, buffer.bytes_per_core(rows, num_cores)) for buffer in tensors)
     largest = max((circular_buffers(i, program, num_cores, rows) for i in code), default=0)
     return Budget(entries, largest, chip.l1_bytes, _arriving(program, num_cores, rows))
+
+
+def _made_by_moves(number: int, i: Instruction, program: Program) -> list[CardBuffer]:
+    source, out = (card_buffer(program, slot.buffer) for slot in (i.inputs[0], i.out[0]))
+    home = out.name.partition("@")[2]
+    return [
+        replace(source, name=f"{i.op}_aside {number}.{part}@{home}", columns=columns, positions=positions)
+        for part, (positions, columns) in enumerate(
+            [*moved_shapes(i, source, out), (out.positions, out.columns)]
+        )
+    ]
 
 
 def _arriving(program: Program, num_cores: int, rows: int) -> int:
@@ -178,6 +192,9 @@ def circular_buffers(instruction: Instruction, program: Program, num_cores: int,
         total += TILE_BYTES
     elif i.op in ("unary", "fill"):  # a factor, and what the functions leave
         total += TILE_BYTES + (2 * TILE_BYTES if i.options or i.op == "fill" else 0)
+    elif i.op in MOVES:  # whole rows of tiles at a time; an estimate
+        widths = [columns for _, columns in moved_shapes(i, inputs[0], out)]
+        total = TILE_BYTES * (4 + 4 * -(-max(widths) // TILE))
     return total
 
 
@@ -195,6 +212,8 @@ def refuse_unless_it_fits(program: Program, layout: Layout, chip: Chip, grid: Gr
     ]
     advice = " or ".join(remedies) if remedies else "narrower layers, or backend='reference'"
     num_layers, num_cores = len(layout.net.layers), grid[0] * grid[1]
+    if layout.net.wiring is not None:
+        num_layers = 0  # no layer has a core of its own
     crowded = (
         f"{num_layers} layers are more than the {num_cores} cores of the {chip.name} can hold one each, and "
         if num_layers > num_cores
@@ -231,6 +250,9 @@ def _remedies(program: Program, chip: Chip, grid: Grid, rows: int) -> list[tuple
 def members_of(buffer: CardBuffer, layout: Layout) -> list[int]:
     """Indices of the nodes, or of the layers by the node each predicts, whose entries a buffer holds."""
     home = buffer.name.partition("@")[2]
+    if layout.net.wiring is not None:
+        digits = home.lstrip("abcdefghijklmnopqrstuvwxyz")
+        return [int(digits)] if digits and not home.startswith(("columns", "scalars")) else []
     if home.isdigit():
         return [int(home)]
     if home.startswith("layers"):

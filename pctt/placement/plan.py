@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from pctt._checks import require_count
 from pctt.assemble import assemble
+from pctt.backends.graph_lowering import lower_graph
 from pctt.backends.lowering import TILE, lower
 from pctt.backends.precision import PrecisionPolicy
 from pctt.groups import Layout, layout, padded
@@ -104,7 +105,9 @@ class Plan:
 
     def _lines(self) -> list[str]:
         places, lines = cores(self.grid), list[str]()
-        for index, (name, layer) in enumerate(zip(self.net.names, self.net.layers, strict=True), start=1):
+        for index, (name, layer) in enumerate(
+            zip(self.net.names, self.net.dense_layers("a plan"), strict=True), start=1
+        ):
             what = f"{name} {self.net.widths[index - 1]}->{layer.units} {layer.activation}"
             if index in self.reasons:
                 lines.append(f"{what}: spread over all cores; {self.reasons[index]}")
@@ -163,6 +166,7 @@ def plan(
         7
     """
     require_count("batch_size", batch_size, least=1)
+    net.dense_layers("a plan")
     where_to = find_chip(chip) if isinstance(chip, str) else chip
     inference, policy, grid = inference or Inference(), policy or PrecisionPolicy(), grid or where_to.grid
     num_cores, rows = len(cores(grid)), padded(batch_size, TILE)
@@ -201,8 +205,15 @@ def arrange(
 
     write: the program for a layout.    grid: (columns, rows) of cores.    rows: of a batch, padding included.
 
+    Of a graph every tensor is spread over all cores.
+
     Raises ValueError for a network that does not fit even when all its layers are spread.
     """
+    if net.wiring is not None:
+        where = layout(net)
+        program = lower_graph(write(where), where, policy)
+        refuse_unless_it_fits(program, where, chip, grid, rows)
+        return where, program
     apart = _without_core(net, grid)
     while True:
         where, program = _lowered(net, grouped, write, policy, apart)

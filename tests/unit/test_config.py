@@ -402,5 +402,8 @@ def test_a_value_on_the_command_line_is_read_as_toml_and_else_as_text(text, valu
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_makes_a_network(name):
-    net = PRESETS[name]().network(64)
-    assert net.widths[0] == 64 and net.widths[-1] == 10
+    config = PRESETS[name]()
+    net = config.network((1, 28, 28) if config.data.name == "mnist" else (1, 8, 8))
+    widths = dict(zip(net.nodes, net.widths, strict=True))
+    assert widths[config.node_of("images", net) or ""] == (784 if config.data.name == "mnist" else 64)
+    assert widths[config.node_of("labels", net) or ""] == 10
