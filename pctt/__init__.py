@@ -38,6 +38,7 @@ from pctt.network import Network, chain, graph, init
 from pctt.queries import InferenceDiverged, InferenceResult, infer, recall, weight_gradients
 from pctt.run import FitResult, Trainer, load
 from pctt.scaling import mupc
+from pctt.translate import from_torch, to_torch
 from pctt.variants import variant
 
 __version__ = "0.1.0"
@@ -87,12 +88,14 @@ __all__ = [
     "Trainer",
     "WarmupCosine",
     "chain",
+    "from_torch",
     "graph",
     "infer",
     "init",
     "load",
     "mupc",
     "recall",
+    "to_torch",
     "variant",
     "weight_gradients",
 ]
