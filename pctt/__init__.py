@@ -36,8 +36,11 @@ from pctt.layers import (
 from pctt.learning import SGD, Adam, AdamW, Constant, WarmupCosine
 from pctt.network import Network, chain, graph, init
 from pctt.queries import InferenceDiverged, InferenceResult, infer, recall, weight_gradients
+from pctt.recurrent import GRUCell, LSTMCell, RNNCell, unroll
 from pctt.run import FitResult, Trainer, load
 from pctt.scaling import mupc
+from pctt.sequences import Stream
+from pctt.temporal import TemporalFilter
 from pctt.translate import from_torch, to_torch
 from pctt.variants import variant
 
@@ -66,10 +69,12 @@ __all__ = [
     "Fill",
     "FitResult",
     "Flatten",
+    "GRUCell",
     "Gaussian",
     "Inference",
     "InferenceDiverged",
     "InferenceResult",
+    "LSTMCell",
     "Linear",
     "MaxPool2d",
     "Multiply",
@@ -78,6 +83,7 @@ __all__ = [
     "NormaliseBatch",
     "Nudge",
     "Permute",
+    "RNNCell",
     "Reshape",
     "Scale",
     "Shift",
@@ -85,6 +91,8 @@ __all__ = [
     "Standardise",
     "Status",
     "Step",
+    "Stream",
+    "TemporalFilter",
     "Trainer",
     "WarmupCosine",
     "chain",
@@ -96,6 +104,7 @@ __all__ = [
     "mupc",
     "recall",
     "to_torch",
+    "unroll",
     "variant",
     "weight_gradients",
 ]
