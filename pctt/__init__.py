@@ -34,7 +34,9 @@ from pctt.layers import (
     Step,
 )
 from pctt.learning import SGD, Adam, AdamW, Constant, WarmupCosine
+from pctt.memory import HierarchicalMemory, RecurrentMemory
 from pctt.network import Network, chain, graph, init
+from pctt.pcgraph import pc_graph
 from pctt.queries import InferenceDiverged, InferenceResult, infer, recall, weight_gradients
 from pctt.recurrent import GRUCell, LSTMCell, RNNCell, unroll
 from pctt.run import FitResult, Trainer, load
@@ -71,6 +73,7 @@ __all__ = [
     "Flatten",
     "GRUCell",
     "Gaussian",
+    "HierarchicalMemory",
     "Inference",
     "InferenceDiverged",
     "InferenceResult",
@@ -84,6 +87,7 @@ __all__ = [
     "Nudge",
     "Permute",
     "RNNCell",
+    "RecurrentMemory",
     "Reshape",
     "Scale",
     "Shift",
@@ -102,6 +106,7 @@ __all__ = [
     "init",
     "load",
     "mupc",
+    "pc_graph",
     "recall",
     "to_torch",
     "unroll",

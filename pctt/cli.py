@@ -1,4 +1,4 @@
-"""The command line: pctt train, eval, plan, doctor.
+"""The command line: pctt train, eval, generate, recall, plan, doctor.
 
 Exit code 0: done; 1: it failed; 2: it was asked for wrongly. On a terminal there is a progress bar, in a pipe
 plain lines, and with --json one JSON object a line on standard output and nothing else.
@@ -14,23 +14,36 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pctt import record
+import numpy as np
+import torch
+from torch import Tensor
+
+from pctt import ask, plots, record
 from pctt.backends import DeviceLost
 from pctt.config import RunConfig, from_dict, parse_value, read_toml, to_dict
-from pctt.data import Dataset, load, split_validation
+from pctt.data import Dataset, Split, load, split_validation
 from pctt.doctor import examine
 from pctt.engine import Status
-from pctt.network import init
+from pctt.inference import Inference
+from pctt.network import Network, init
 from pctt.placement.chips import CHIPS
 from pctt.placement.draw import SUFFIXES, save_picture
 from pctt.placement.plan import plan as make_plan
 from pctt.presets import PRESETS
-from pctt.report import CURVES, Reporter, described, draw, print_json, say_error
+from pctt.report import CURVES, Asking, Reporter, described, draw, print_json, say_error
 from pctt.run import CHECKPOINT, FitResult, Trainer
 from pctt.run import load as load_run
 from pctt.variants import VARIANTS
+
+try:
+    from tyro.conf import arg as _ARG  # pyright: ignore[reportAssignmentType]
+except ModuleNotFoundError:  # said by `main`
+
+    def _ARG(**settings: Any) -> Any:
+        return settings
+
 
 OK, FAILED, USAGE = 0, 1, 2
 CONFIG = "config.json"
@@ -47,7 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError:
         say_error('the pctt command needs tyro: pip install "pctt[cli]".')
         return FAILED
-    commands = {"train": train, "eval": evaluate, "plan": plan, "doctor": doctor}
+    commands = {
+        "train": train,
+        "eval": evaluate,
+        "generate": generate,
+        "recall": recall,
+        "plan": plan,
+        "doctor": doctor,
+    }
     try:
         return tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -89,7 +109,8 @@ def train(
     """Train a network; leaves config, metrics, checkpoint and curves in a run folder.
 
     Args:
-        what: A preset (digits, mnist) or the path of a TOML configuration.
+        what: A preset (digits, digits_generative, digits_pcgraph, mnist, mnist_cnn, mnist_pcgraph) or the
+            path of a TOML configuration.
         data: Data set to use instead of the configured one: digits, mnist, fashion_mnist.
         data_dir: Folder of the data files; else the environment variable PCTT_DATA.
         algorithm: pc, or backprop for the same network trained by backpropagation.
@@ -162,17 +183,18 @@ def _train(
         _stop_on_signals(trainer),
     ):
         _record_place(recorder, trainer)
+        validates = validation is not None and _classifies(config, trainer.net)
         outcome = trainer.fit(
-            training,
+            _clamped(config, trainer.net, training),
             config.training.epochs,
-            validation,
+            _clamped(config, trainer.net, validation) if validation is not None and validates else None,
             callbacks=[recorder.log_record, report.event],
             save_to=folder,
             save_every=config.training.checkpoint_every,
         )
         result: dict[str, Any] = {}
         if outcome.status.ok:
-            outcome, result = _tested(trainer, dataset, outcome)
+            outcome, result = _tested(config, trainer, dataset, outcome)
         if result:
             recorder.log("result", **result)
         elif outcome.status is not Status.STOPPED:
@@ -194,10 +216,12 @@ def _record_place(recorder: record.Recorder, trainer: Trainer) -> None:
         recorder.log("backend", step=trainer.progress.step + 1, **place)
 
 
-def _tested(trainer: Trainer, dataset: Dataset, outcome: FitResult) -> tuple[FitResult, dict[str, Any]]:
+def _tested(
+    config: RunConfig, trainer: Trainer, dataset: Dataset, outcome: FitResult
+) -> tuple[FitResult, dict[str, Any]]:
     """The outcome and the result of a fit that ended well; no result if the device fails now."""
     try:
-        accuracy = trainer.evaluate(dataset.test)
+        accuracy = _accuracy(config, trainer, dataset.test)
     except DeviceLost as error:
         return replace(outcome, status=Status.DEVICE_LOST, message=f"evaluating: {error}."), {}
     return outcome, {
@@ -230,7 +254,12 @@ def evaluate(
     config = _elsewhere(config, backend, device)
     trainer = load_run(run, config.training.backend, config.training.device, config.precision)
     dataset = _load_data(config)
-    accuracy = trainer.evaluate(dataset.test)
+    accuracy = _accuracy(config, trainer, dataset.test)
+    if accuracy is None:
+        raise ValueError(
+            f"{run} has learned pictures without their classes, so there is nothing to be right about; try "
+            f"`pctt generate {run}` or `pctt recall {run}`."
+        )
     fields = {
         "test_accuracy": accuracy,
         "test_samples": len(dataset.test),
@@ -249,8 +278,227 @@ def evaluate(
     return OK
 
 
-NUM_INPUTS = {"digits": 64, "mnist": 784, "fashion_mnist": 784}
-"""Pixels of an image; a plan needs no more of the data, so their files need not be there."""
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+"""(channels, height, width); a plan needs no more of the data, so their files need not be there."""
+
+
+def generate(
+    run: Path,
+    /,
+    *,
+    classes: str | None = None,
+    prior: bool = False,
+    langevin: bool = False,
+    count: int = 10,
+    steps: int | None = None,
+    seed: int = 0,
+    data_dir: str | None = None,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Pictures that a trained run predicts: of classes, or of no class in particular.
+
+    Args:
+        run: Run folder that `pctt train` wrote, of a network that predicts pictures.
+        classes: Numbers of classes, such as 0,1,2; else all, where the network has learned classes.
+        prior: No class: what the network expects by itself; where classes are causes, classes at random.
+        langevin: Draw samples by Langevin dynamics instead of the most probable picture.
+        count: Pictures of each class; with --prior pictures in all.
+        steps: Inference steps; else 500, with --langevin 1000.
+        seed: Of the noise and of classes drawn at random.
+        data_dir: Folder of the data files; else the one of the run, else PCTT_DATA.
+        out: The .png to draw; else generated.png in the run folder.
+        json: Print one JSON object instead of text.
+    """
+    config, trainer, dataset, roles = _asked(run, data_dir)
+    out = _picture_path(out, run / "generated.png")
+    _at_least_one("count", count)
+    ask.refuse_unless_generative(trainer.net, roles)
+    if prior and classes is not None:
+        raise UsageError("--prior and --classes exclude each other; drop one.")
+    wanted = _classes(classes, prior, count, seed, config, trainer.net, dataset)
+    num_columns = min(count, 10) if prior or wanted is None else count
+    num_steps = steps if steps is not None else (1000 if langevin else 500)
+    rate = trainer.inference.rate
+    asking = (
+        Inference(num_steps, rate, dynamics="langevin")
+        if langevin
+        else Inference(num_steps, rate, dynamics="momentum", momentum=0.9)
+    )
+    total = count if wanted is None else len(wanted)
+    with Asking(total, run.name, json) as progress:
+        pictures = ask.generate(
+            trainer.net, trainer.weights, roles, wanted, total, asking, seed, progress.update
+        )
+    distances = torch.cdist(pictures, dataset.train.inputs.to(pictures.dtype)).amin(-1)
+    rows = pictures.split(num_columns)
+    names = [""] * len(rows)
+    if wanted is not None and not prior:
+        names = [str(int(wanted[number * num_columns])) for number in range(len(rows))]
+    plots.draw_pictures(out, list(zip(names, rows, strict=True)), dataset.shape)
+    fields = {
+        "pictures": total,
+        "classes": None if wanted is None else sorted(set(wanted.tolist())),
+        "dynamics": asking.dynamics,
+        "steps": num_steps,
+        "nearest_squared_error": float(distances.square().mean()) / pictures.shape[1],
+        "out": str(out),
+    }
+    if json:
+        print_json("result", fields)
+    else:
+        print(
+            f"{total} pictures in {out}; squared error per pixel to the nearest training picture "
+            f"{fields['nearest_squared_error']:.4f}"
+        )
+    return OK
+
+
+def recall(
+    run: Path,
+    /,
+    *,
+    from_: Annotated[str, _ARG(name="from")] = "upper",
+    count: int = 10,
+    noise: float = 0.3,
+    steps: int = 500,
+    seed: int = 0,
+    training: bool = False,
+    data_dir: str | None = None,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """What a trained run makes of a part of a picture, or of a noisy one.
+
+    Args:
+        run: Run folder that `pctt train` wrote, of a network that predicts pictures.
+        from_: What is given: noise, upper, lower, left, right, or a file with a mask: .npy, or a .png whose
+            bright pixels are known.
+        count: Pictures, from the test data.
+        noise: Standard deviation of the noise.
+        steps: Inference steps.
+        seed: Of the noise.
+        training: Take pictures that were trained on.
+        data_dir: Folder of the data files; else the one of the run, else PCTT_DATA.
+        out: The .png to draw: original, given, recalled; else recalled.png in the run folder.
+        json: Print one JSON object instead of text.
+    """
+    config, trainer, dataset, roles = _asked(run, data_dir)
+    out = _picture_path(out, run / "recalled.png")
+    _at_least_one("count", count)
+    if not noise >= 0.0:
+        raise UsageError(f"--noise must be at least 0, got {noise}.")
+    ask.refuse_unless_generative(trainer.net, roles)
+    known = None if from_ == "noise" else _mask(from_, dataset.shape)
+    split = dataset.test
+    if training:
+        split, _ = split_validation(dataset.train, config.data.validation, config.training.seed)
+    originals = split.inputs[:count]
+    if known is None:
+        draws = torch.randn(originals.shape, generator=torch.Generator().manual_seed(seed))
+        given = originals + noise * draws
+    else:
+        given = originals * known
+    asking = Inference(steps, trainer.inference.rate, dynamics="momentum", momentum=0.9)
+    with Asking(len(originals), run.name, json) as progress:
+        recalled = ask.complete(
+            trainer.net, trainer.weights, roles, given, known, asking, seed, progress.update
+        )
+    mean = dataset.train.inputs.mean(0).expand_as(originals)
+    if known is not None:
+        mean = torch.where(known, originals, mean)
+
+    def error(pictures: Tensor) -> float:
+        return float((pictures - originals).square().mean())
+
+    fields = {
+        "pictures": len(originals),
+        "from": from_,
+        "steps": steps,
+        "given_squared_error": error(given),
+        "recalled_squared_error": error(recalled),
+        "mean_picture_squared_error": error(mean),
+        "out": str(out),
+    }
+    rows = [("original", originals), ("given", given), ("recalled", recalled)]
+    plots.draw_pictures(out, rows, dataset.shape)
+    if json:
+        print_json("result", fields)
+    else:
+        print(
+            f"squared error per pixel: given {error(given):.4f}, recalled {error(recalled):.4f}, with the "
+            f"mean picture {error(mean):.4f}; {len(originals)} pictures in {out}"
+        )
+    return OK
+
+
+def _asked(run: Path, data_dir: str | None) -> tuple[RunConfig, Trainer, Dataset, ask.Roles]:
+    config = _override(_saved_configuration(run), {"data.data_dir": data_dir})
+    trainer = load_run(run)
+    return config, trainer, _load_data(config), _roles(config, trainer.net)
+
+
+def _picture_path(asked: Path | None, otherwise: Path) -> Path:
+    path = asked or otherwise
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"a picture's name must end in .png, got {path.name!r}; rename it.")
+    return path
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"--{name} must be at least 1, got {value}.")
+
+
+def _classes(
+    asked: str | None,
+    prior: bool,
+    count: int,
+    seed: int,
+    config: RunConfig,
+    net: Network,
+    dataset: Dataset,
+) -> Tensor | None:
+    """The class of each picture to generate, or None for no class."""
+    labels = config.node_of("labels", net)
+    if prior and labels is not None and labels not in net.names:
+        return torch.randint(dataset.num_classes, (count,), generator=torch.Generator().manual_seed(seed))
+    if prior or (labels is None and asked is None):
+        return None
+    if labels is None:
+        raise UsageError("this run has not learned classes; use --prior.")
+    words = [str(number) for number in range(dataset.num_classes)] if asked is None else asked.split(",")
+    if not all(word.strip().isdigit() and int(word) < dataset.num_classes for word in words):
+        raise UsageError(
+            f"--classes takes numbers from 0 to {dataset.num_classes - 1}, such as 0,1,2; got {asked!r}."
+        )
+    return torch.tensor([int(word) for word in words]).repeat_interleave(count)
+
+
+def _mask(name: str, shape: tuple[int, int, int]) -> Tensor:
+    """bool [units], True where a pixel is known."""
+    if name in ("upper", "lower", "left", "right"):
+        return ask.parts_known(name, shape)
+    path = Path(name)
+    if path.suffix not in (".npy", ".png"):
+        raise UsageError(
+            "--from must be noise, upper, lower, left, right or the path of a .npy or .png mask, got "
+            f"{name!r}."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no mask {path}; give the path of a .npy or .png file.")
+    if path.suffix == ".npy":
+        values = np.load(path, allow_pickle=False) > 0
+    else:
+        from PIL import Image
+
+        values = np.asarray(Image.open(path).convert("L")) > 127
+    channels, height, width = shape
+    units = channels * height * width
+    if values.size not in (units, height * width):
+        raise UsageError(f"{path} has {values.size} pixels, pictures have {height} x {width}.")
+    known = torch.from_numpy(values.copy()).flatten()
+    return known if known.numel() == units else known.repeat(channels)
 
 
 def plan(
@@ -279,7 +527,7 @@ def plan(
     if picture is not None and picture.suffix.lower() not in SUFFIXES:
         raise UsageError(f"a picture's name must end in .svg or .png, got {picture.name!r}; rename it.")
     planned = make_plan(
-        config.network(NUM_INPUTS[config.data.name]),
+        config.network(SHAPES.get(config.data.name) or _load_data(config).shape),
         chip,
         config.training.batch_size,
         config.inference,
@@ -463,13 +711,10 @@ def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) ->
             raise UsageError(f"the run in {folder} has done {done} epochs; give --epochs of at least {done}.")
         return trainer, False
     try:
-        net = config.network(dataset.train.inputs.shape[1])
+        net = config.network(dataset.shape, dataset.num_classes)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if net.widths[-1] != dataset.num_classes:
-        raise UsageError(
-            f"the last layer has {net.widths[-1]} units, {dataset.name} has {dataset.num_classes} classes."
-        )
+    _check_roles(config, net, dataset)
     trainer = Trainer(
         net,
         config.inference,
@@ -481,8 +726,71 @@ def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) ->
         batch_size=settings.batch_size,
         algorithm=settings.algorithm,
         precision=config.precision,
+        clamped=tuple(config.clamp) if config.clamp is not None else None,
     )
     return trainer, True
+
+
+# --- which node holds what ----------------------------------------------------------------------------------
+
+
+def _roles(config: RunConfig, net: Network) -> ask.Roles:
+    images, labels = config.node_of("images", net), config.node_of("labels", net)
+    assert images is not None
+    zeros = tuple(name for name, role in (config.clamp or {}).items() if role == "zeros")
+    return ask.Roles(images, labels, zeros)
+
+
+def _check_roles(config: RunConfig, net: Network, dataset: Dataset) -> None:
+    roles = _roles(config, net)
+    widths = dict(zip(net.nodes, net.widths, strict=True))
+    if roles.labels is not None and widths[roles.labels] != dataset.num_classes:
+        what = "the last layer" if config.clamp is None else f"node {roles.labels!r}"
+        raise UsageError(
+            f"{what} has {widths[roles.labels]} units, {dataset.name} has {dataset.num_classes} classes."
+        )
+    pixels = dataset.train.inputs.shape[1]
+    if widths[roles.images] != pixels:
+        raise UsageError(
+            f"node {roles.images!r} has {widths[roles.images]} units, pictures of {dataset.name} have "
+            f"{pixels} pixels."
+        )
+
+
+def _clamped(config: RunConfig, net: Network, split: Split) -> Split | dict[str, Tensor]:
+    """What training clamps."""
+    if config.clamp is None:
+        return split
+    values = {
+        "images": split.inputs,
+        "labels": split.labels,
+        "zeros": torch.zeros(len(split), 1),
+    }
+    given = {name: values[role] for name, role in config.clamp.items()}
+    roles = _roles(config, net)
+    if roles.labels is not None:
+        classes = net.widths[net.node_index(roles.labels)]
+        given[roles.labels] = torch.nn.functional.one_hot(split.labels, classes).float()
+    return given
+
+
+def _classifies(config: RunConfig, net: Network) -> bool:
+    """Whether the trainer by itself measures accuracy: pictures at its input, classes at its output."""
+    roles = _roles(config, net)
+    return (roles.images, roles.labels) == (net.input_name, net.output)
+
+
+def _accuracy(config: RunConfig, trainer: Trainer, split: Split) -> float | None:
+    """Fraction of right classes; None where the network has learned none."""
+    net = trainer.net
+    if _classifies(config, net):
+        return trainer.evaluate(_clamped(config, net, split))
+    roles = _roles(config, net)
+    if roles.labels is None:
+        return None
+    asking = Inference(200, trainer.inference.rate, dynamics="momentum", momentum=0.9)
+    found = ask.classify(net, trainer.weights, roles, split.inputs, asking)
+    return float((found.argmax(-1) == split.labels).double().mean())
 
 
 @contextmanager

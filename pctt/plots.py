@@ -61,6 +61,47 @@ def draw_run(records: Records, path: Path, title: str | None = None) -> Path:
     return path
 
 
+def draw_pictures(
+    path: Path, rows: Sequence[tuple[str, Any]], shape: Sequence[int], title: str | None = None
+) -> Path:
+    """Rows of pictures side by side as one PNG, each row with its name at the left.
+
+    rows: (name, pictures [N, units]), tensors or arrays with values from 0 to 1; others are clipped.
+    shape: (height, width) or (channels, height, width) of a picture; of three channels colours are drawn.
+
+    Raises ImportError where matplotlib is not installed.
+    """
+    channels, height, width = (1, *shape) if len(shape) == 2 else tuple(shape)
+    columns = max(len(pictures) for _, pictures in rows)
+    tall, wide = height + 1, width + 1  # a line between pictures
+    canvas = np.full((tall * len(rows) + 1, wide * columns + 1, 3), 0.8)
+    for line, (_, pictures) in enumerate(rows):
+        values = np.clip(np.nan_to_num(np.asarray(pictures, dtype=float)), 0.0, 1.0)
+        for column, picture in enumerate(values.reshape(-1, channels, height, width)):
+            colours = picture if channels == 3 else 1.0 - picture[:1].repeat(3, 0)  # ink on paper
+            top, left = tall * line + 1, wide * column + 1
+            canvas[top : top + height, left : left + width] = colours.transpose(1, 2, 0)
+    named = any(name for name, _ in rows)
+    size = (
+        0.55 * columns + (1.7 if named else 0.2),
+        0.55 * len(rows) * height / width + (0.4 if title else 0.1),
+    )
+    figure = _matplotlib("figure").Figure(figsize=size, dpi=100, layout="constrained")
+    _matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([tall * (line + 0.5) for line in range(len(rows))], labels=[name for name, _ in rows])
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    if title is not None:
+        figure.suptitle(title, fontsize=9)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
+
+
 def _draw_batches(axes: Any, records: Records, colours: dict[str, Any]) -> None:
     axes.set(title="Energy while learning", xlabel="training batch", ylabel="energy per sample")
     batches = [record for record in records if record.get("kind") == "batch" and "energies" in record]

@@ -97,12 +97,17 @@ class Reporter:
         if self.as_json:
             print_json("result", {key: value for key, value in result.items() if key != "kind"})
             return
-        print(
-            f"test accuracy {result['test_accuracy']:.2%} on {result['test_samples']} samples, "
-            f"after the last of {result['epochs']} epochs" + (f" ({note})" if note else "")
+        accuracy = result["test_accuracy"]
+        found = (
+            f"test accuracy {accuracy:.2%} on {result['test_samples']} samples, "
+            if accuracy is not None
+            else ""
         )
-        if picture is not None:
+        print(f"{found}after the last of {result['epochs']} epochs" + (f" ({note})" if note else ""))
+        if picture is not None and accuracy is not None:
             print(f"curves in {picture}; `pctt eval {picture.parent}` evaluates the run again")
+        elif picture is not None:
+            print(f"curves in {picture}; `pctt generate {picture.parent}` shows what it has learned")
 
     def failed(self, outcome: FitResult, folder: Path) -> None:
         self._close()
@@ -120,6 +125,25 @@ class Reporter:
         say_error(message)
 
     def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Asking:
+    """A progress bar over the pictures of a question, on a terminal and without --json."""
+
+    def __init__(self, total: int, place: str, as_json: bool) -> None:
+        shown = not as_json and sys.stderr.isatty()
+        self.bar = _progress_bar(total, 0, place, "picture") if shown else None
+
+    def update(self, count: int) -> None:
+        if self.bar is not None:
+            self.bar.update(count)
+
+    def __enter__(self) -> Asking:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -144,12 +168,12 @@ def described(trainer: Trainer) -> str:
     return f"{words}, {place['precision']['fidelity']}, bfloat16 {', '.join(short) or 'nowhere'}"
 
 
-def _progress_bar(total: int, done: int, place: str) -> Any:
+def _progress_bar(total: int, done: int, place: str, unit: str = "batch") -> Any:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
         raise ModuleNotFoundError('the progress bar needs tqdm: pip install "pctt[cli]".') from None
-    return tqdm(total=total, initial=done, desc=place, unit="batch", dynamic_ncols=True, leave=False)
+    return tqdm(total=total, initial=done, desc=place, unit=unit, dynamic_ncols=True, leave=False)
 
 
 def draw(folder: Path, config: RunConfig) -> Path | None:

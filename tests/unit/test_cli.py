@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pctt import DeviceLost, Engine, cli, record
@@ -426,3 +427,190 @@ def test_choosing_another_kind_drops_the_settings_of_the_old_one(tiny, tmp_path)
 def test_a_folder_for_data_that_need_none_is_reported(tiny, tmp_path, capsys):
     assert run("train", tiny, "--out", tmp_path / "run", "--data-dir", tmp_path) == cli.OK
     assert "no effect on digits" in capsys.readouterr().err
+
+
+# --- graphs, generation and recall --------------------------------------------------------------------------
+
+GRAPH = """
+clamp = {image = "images", label = "labels"}
+
+[[layers]]
+name = "hidden"
+units = 16
+activation = "tanh"
+of = ["image", "label"]
+
+[[layers]]
+name = "second"
+units = 16
+activation = "tanh"
+of = ["hidden"]
+
+[[layers]]
+name = "third"
+units = 16
+activation = "tanh"
+of = ["second"]
+shared = "second"
+
+[[layers]]
+name = "label"
+units = 10
+of = ["image", "third"]
+
+[training]
+epochs = 1
+"""
+
+BLOCKS = """
+[[layers]]
+kind = "block"
+steps = [{kind = "conv2d", channels = 4, kernel = 3, padding = 1}, "gelu", {kind = "max_pool2d", kernel = 2}]
+
+[[layers]]
+units = 10
+
+[inference]
+num_steps = 5
+rate = 0.05
+
+[training]
+epochs = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def generative(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("generative") / "run"
+    assert run("train", "digits_generative", "--epochs", 1, "--out", out) == cli.OK
+    return out
+
+
+@pytest.mark.parametrize("text", [GRAPH, BLOCKS], ids=["graph", "blocks"])
+def test_graphs_and_blocks_are_trained_evaluated_and_resumed_from_toml(text, tmp_path, capsys):
+    path, out = tmp_path / "net.toml", tmp_path / "run"
+    path.write_text(text)
+    assert run("train", path, "--out", out) == cli.OK
+    assert run("train", path, "--out", out, "--epochs", 2, "--resume") == cli.OK
+    capsys.readouterr()
+    assert run("eval", out, "--json") == cli.OK
+    assert json.loads(capsys.readouterr().out)["test_accuracy"] == records(out)[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ('"third"]', '"fourth"]', "reads 'fourth', which is no node"),
+        ('shared = "second"', 'shares = "second"', "unknown key layers[2].shares"),
+        ('shared = "second"', 'shared = "label"', "cannot use the weights"),
+        ('label = "labels"', 'label = "names"', "clamp.label must be one of images, labels, zeros"),
+        ('image = "images", ', "", "clamp must put images at one node"),
+        ("units = 10\n", "units = 7\n", "node 'label' has 7 units, digits has 10 classes"),
+        ('of = ["image", "third"]', "of = []", "of must name at least one node"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_refused_by_name(before, after, sentence, tmp_path, capsys):
+    path = tmp_path / "net.toml"
+    assert before in GRAPH
+    path.write_text(GRAPH.replace(before, after))
+    assert run("train", path, "--out", tmp_path / "run") == cli.USAGE
+    assert sentence in capsys.readouterr().err
+
+
+def test_generate_draws_classes_and_samples(generative, tmp_path, capsys):
+    pictures = tmp_path / "some.png"
+    capsys.readouterr()
+    assert run("generate", generative, "--classes", "0,3", "--count", 2, "--steps", 20, "--json") == cli.OK
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["pictures"], answer["classes"]) == (4, [0, 3]) and Path(answer["out"]).is_file()
+    command = ("generate", generative, "--prior", "--langevin", "--count", 3, "--steps", 20)
+    assert run(*command, "--out", pictures) == cli.OK
+    assert pictures.read_bytes().startswith(b"\x89PNG") and "3 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["noise", "upper", "lower", "left", "right", "mask"])
+def test_recall_shows_given_and_recalled_beside_the_original(part, generative, tmp_path, capsys):
+    mask = tmp_path / "mask.npy"
+    np.save(mask, np.arange(64).reshape(8, 8) % 3 > 0)
+    capsys.readouterr()
+    given = mask if part == "mask" else part
+    out = tmp_path / "recalled.png"
+    assert (
+        run("recall", generative, "--from", given, "--count", 4, "--steps", 30, "--out", out, "--json")
+        == cli.OK
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["pictures"] == 4 and out.is_file() and answer["given_squared_error"] > 0.0
+    assert answer["recalled_squared_error"] < answer["given_squared_error"]
+
+
+def test_a_pc_graph_can_be_asked_everything(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", "digits_pcgraph", "--epochs", 2, "--out", out) == cli.OK
+    assert run("eval", out) == cli.OK
+    assert run("generate", out, "--classes", 1, "--count", 1, "--steps", 50) == cli.OK
+    assert run("recall", out, "--count", 2, "--steps", 50) == cli.OK
+
+
+def test_a_chain_down_generates(tmp_path, capsys):
+    config = tmp_path / "two.toml"
+    config.write_text(TINY + "\n[[backward]]\nunits = 16\n\n[[backward]]\nunits = 64\n")
+    assert (
+        run("train", config, "--epochs", 1, "--set", "inference.rate=0.02", "--out", tmp_path / "run")
+        == cli.OK
+    )
+    assert run("generate", tmp_path / "run", "--count", 1) == cli.OK
+    assert run("recall", tmp_path / "run", "--count", 2, "--steps", 20) == cli.OK
+    assert run("generate", tmp_path / "run", "--prior") == cli.FAILED
+    assert "name some" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "recall"])
+def test_a_run_that_predicts_no_pictures_is_not_asked_for_any(command, tiny, tmp_path, capsys):
+    run("train", tiny, "--epochs", 1, "--out", tmp_path / "run")
+    assert run(command, tmp_path / "run") == cli.FAILED
+    assert "no generative direction" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["generate", "RUN", "--classes", "11"], cli.USAGE, "numbers from 0 to 9"),
+        (["generate", "RUN", "--classes", "one"], cli.USAGE, "numbers from 0 to 9"),
+        (["generate", "RUN", "--classes", "1", "--prior"], cli.USAGE, "exclude each other"),
+        (["generate", "RUN", "--count", "0"], cli.USAGE, "--count must be at least 1"),
+        (["generate", "RUN", "--out", "a.gif"], cli.USAGE, "must end in .png"),
+        (["recall", "RUN", "--from", "top"], cli.USAGE, "--from must be noise, upper"),
+        (["recall", "RUN", "--from", "absent.npy"], cli.FAILED, "no mask absent.npy"),
+        (["recall", "RUN", "--noise", "-1"], cli.USAGE, "--noise must be at least 0"),
+        (["generate", "nowhere"], cli.FAILED, "holds no run"),
+        (["recall", "nowhere"], cli.FAILED, "holds no run"),
+    ],
+)
+def test_questions_that_make_no_sense_are_refused(arguments, code, sentence, generative, capsys):
+    arguments = [generative if argument == "RUN" else argument for argument in arguments]
+    capsys.readouterr()
+    assert run(*arguments) == code
+    errors = capsys.readouterr().err
+    assert sentence in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_a_mask_of_another_size_is_refused(generative, tmp_path, capsys):
+    np.save(tmp_path / "mask.npy", np.ones((3, 3)))
+    assert run("recall", generative, "--from", tmp_path / "mask.npy") == cli.USAGE
+    assert "9 pixels" in capsys.readouterr().err
+
+
+def test_a_run_without_classes_has_no_accuracy_and_says_so(tmp_path, capsys):
+    config = tmp_path / "pictures.toml"
+    clamp = '{input = "zeros", dense2 = "images"}'
+    config.write_text(f"clamp = {clamp}\n" + TINY.replace("units = 10", "units = 64"))
+    assert (
+        run("train", config, "--epochs", 1, "--set", "inference.rate=0.02", "--out", tmp_path / "run")
+        == cli.OK
+    )
+    assert records(tmp_path / "run")[-1]["test_accuracy"] is None
+    assert run("eval", tmp_path / "run") == cli.FAILED
+    assert "without their classes" in capsys.readouterr().err
+    assert run("generate", tmp_path / "run", "--count", 2, "--steps", 20) == cli.OK
+    assert run("generate", tmp_path / "run", "--classes", 1) == cli.USAGE

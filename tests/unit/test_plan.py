@@ -107,8 +107,8 @@ def test_json_is_one_object_with_the_same_numbers(capsys: pytest.CaptureFixture[
 
 def test_the_number_of_inputs_is_that_of_the_data() -> None:
     pytest.importorskip("sklearn")
-    assert cli.NUM_INPUTS["digits"] == load("digits").train.inputs.shape[1]
-    assert cli.NUM_INPUTS["mnist"] == cli.NUM_INPUTS["fashion_mnist"] == 28 * 28
+    assert cli.SHAPES["digits"] == load("digits").shape
+    assert cli.SHAPES["mnist"] == cli.SHAPES["fashion_mnist"] == (1, 28, 28)
 
 
 def test_the_command_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
