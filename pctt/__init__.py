@@ -3,6 +3,15 @@ CPU.
 """
 
 from pctt.backends import BackendUnavailable, DeviceLost
+from pctt.control import (
+    ControlModel,
+    PIDAgent,
+    Plan,
+    Planning,
+    PredictiveController,
+    linear_weights,
+    pid_agent,
+)
 from pctt.energies import Categorical, Gaussian
 from pctt.engine import Engine, Status
 from pctt.inference import Inference, Nudge
@@ -62,6 +71,7 @@ __all__ = [
     "Categorical",
     "Concat",
     "Constant",
+    "ControlModel",
     "Conv2d",
     "ConvTranspose2d",
     "Dense",
@@ -85,7 +95,11 @@ __all__ = [
     "Normalise",
     "NormaliseBatch",
     "Nudge",
+    "PIDAgent",
     "Permute",
+    "Plan",
+    "Planning",
+    "PredictiveController",
     "RNNCell",
     "RecurrentMemory",
     "Reshape",
@@ -104,9 +118,11 @@ __all__ = [
     "graph",
     "infer",
     "init",
+    "linear_weights",
     "load",
     "mupc",
     "pc_graph",
+    "pid_agent",
     "recall",
     "to_torch",
     "unroll",
