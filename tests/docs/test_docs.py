@@ -195,7 +195,7 @@ def test_every_command_and_option_named_in_the_text_exists(
     page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     help_texts = ""
-    for name in ("train", "eval", "plan", "doctor"):
+    for name in ("train", "eval", "generate", "recall", "plan", "doctor"):
         with pytest.raises(SystemExit) as ended:
             cli.main([name, "--help"])
         assert ended.value.code == 0
@@ -205,14 +205,13 @@ def test_every_command_and_option_named_in_the_text_exists(
         if re.match(r"(pctt |--)", code):
             assert set(re.findall(r"--[a-z-]+", code)) <= known, code
     asked: list[object] = []
-    for name in ("train", "evaluate", "plan", "doctor"):
+    for name in ("train", "evaluate", "generate", "recall", "plan", "doctor"):
         monkeypatch.setattr(cli, name, only_parsed(getattr(cli, name), asked))
     lines = [code for code in inline_code(page) if code.startswith("pctt ")]
     for line in lines:
         words = shlex.split(line)[1:]
-        whole = (
-            [*words, "X"] if words in (["train"], ["eval"], ["plan"]) else words
-        )  # the command named without its argument
+        bare = len(words) == 1 and words != ["doctor"]  # the command named without its argument
+        whole = [*words, "X"] if bare else words
         assert cli.main(whole) == 0, line
     assert len(asked) == len(lines)
 
@@ -361,8 +360,8 @@ def test_figures_are_whole_and_small() -> None:
 
 
 def toml_example() -> str:
-    (example,) = [block.text for block in blocks(RUNS) if block.language == "toml"]
-    return example
+    """The complete one; others on the page show parts."""
+    return next(block.text for block in blocks(RUNS) if block.language == "toml")
 
 
 def test_the_toml_example_is_read_and_uses_every_section(tmp_path: Path) -> None:
@@ -371,7 +370,16 @@ def test_the_toml_example_is_read_and_uses_every_section(tmp_path: Path) -> None
     assert len(read.layers) == 3 and read.layers[1].name == "middle"
     # A precision is only for a card, and the example is for any machine; scaling is a word, no section.
     sections = {f.name for f in dataclasses.fields(read)} - {"precision", "scaling", "backward"}
+    sections -= {"inputs", "clamp"}  # of graphs
     assert sections == set(config._toml().loads(toml_example()))
+
+
+@each_page
+def test_every_toml_block_is_a_configuration_of_a_network(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "toml":
+            read = config.from_dict(config.RunConfig, config._toml().loads(block.text))
+            assert read.network((1, 8, 8)).num_weights() > 0, f"{page.name}, line {block.line}"
 
 
 TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
@@ -380,6 +388,8 @@ TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false
 def type_name(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(type_name(choice) for choice in get_args(hint) if choice is not types.NoneType)
+    if get_origin(hint) is dict:
+        return "table"
     if get_origin(hint) is tuple:
         inner = type_name(get_args(hint)[0])
         return f"list of {inner.replace('list', 'lists') if inner.startswith('list') else inner + 's'}"
@@ -397,8 +407,9 @@ def keys(cls: type, prefix: str = "", kind: str = "") -> Iterator[tuple[str, str
         name = prefix + field.name
         if dataclasses.is_dataclass(hint):
             yield from keys(hint, f"{name}.", kind)
-        elif get_origin(hint) is tuple and tables:
-            yield from keys(tables[0], f"{name}[].", kind)
+        elif get_origin(hint) is tuple and (tables or config.Dense in get_args(get_args(hint)[0])):
+            # of layers the dense ones; blocks and maps have a section of their own
+            yield from keys(config.Dense if not tables else tables[0], f"{name}[].", kind)
         elif len(tables) == 1:  # a table that may be left out
             yield from keys(tables[0], f"{name}.", kind)
         elif tables:
@@ -454,6 +465,12 @@ def test_the_tables_of_records_and_of_json_lines_are_what_a_run_writes(
     printed |= {("pctt train", kind): fields for kind, fields in json_lines(capsys).items()}
     assert cli.main(["eval", "run", "--json"]) == 0
     printed |= {("pctt eval", kind): fields for kind, fields in json_lines(capsys).items()}
+    generative = ["train", "digits_generative", "--epochs", "1", "--out", "generative", "--json"]
+    assert cli.main(generative) == 0
+    capsys.readouterr()
+    for command in ("generate", "recall"):
+        assert cli.main([command, "generative", "--count", "2", "--steps", "3", "--json"]) == 0
+        printed |= {(f"pctt {command}", kind): fields for kind, fields in json_lines(capsys).items()}
     assert cli.main(["doctor", "--json"]) == 0
     printed |= {("pctt doctor", kind): fields for kind, fields in json_lines(capsys).items()}
     assert printed == documented_fields("Command", "Kind", "Field", "Meaning")
