@@ -15,6 +15,7 @@ from pctt.control import (
 from pctt.energies import Categorical, Gaussian
 from pctt.engine import Engine, Status
 from pctt.inference import Inference, Nudge
+from pctt.initialisers import init
 from pctt.layers import (
     Add,
     Affine,
@@ -44,7 +45,7 @@ from pctt.layers import (
 )
 from pctt.learning import SGD, Adam, AdamW, Constant, WarmupCosine
 from pctt.memory import HierarchicalMemory, RecurrentMemory
-from pctt.network import Network, chain, graph, init
+from pctt.network import Network
 from pctt.pcgraph import pc_graph
 from pctt.queries import InferenceDiverged, InferenceResult, infer, recall, weight_gradients
 from pctt.recurrent import GRUCell, LSTMCell, RNNCell, unroll
@@ -54,6 +55,7 @@ from pctt.sequences import Stream
 from pctt.temporal import TemporalFilter
 from pctt.translate import from_torch, to_torch
 from pctt.variants import variant
+from pctt.wiring import chain, graph
 
 __version__ = "0.1.0"
 

@@ -27,7 +27,8 @@ from pctt.data import Dataset, Split, load, split_validation
 from pctt.doctor import examine
 from pctt.engine import Status
 from pctt.inference import Inference
-from pctt.network import Network, init
+from pctt.initialisers import init
+from pctt.network import Network
 from pctt.placement.chips import CHIPS
 from pctt.placement.draw import SUFFIXES, save_picture
 from pctt.placement.plan import plan as make_plan

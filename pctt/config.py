@@ -27,9 +27,10 @@ from pctt.layers.dense import Dense
 from pctt.layers.detach import Detach
 from pctt.layers.maps import Function, Map
 from pctt.learning import SGD, Adam, AdamW, Constant, Learning, WarmupCosine
-from pctt.network import INPUT, Network, chain, graph
+from pctt.network import INPUT, Network
 from pctt.placement.chips import CHIPS
 from pctt.scaling import mupc
+from pctt.wiring import chain, graph
 
 MAPS: dict[str, type[Map]] = {**maps.MAPS, Detach.kind: Detach}
 

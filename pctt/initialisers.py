@@ -1,4 +1,4 @@
-"""Initial weights, drawn by torch.nn.init from a generator that the caller seeds."""
+"""Initial weights, drawn from a seeded generator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from torch import Tensor, nn
 
 from pctt._checks import require_finite_positive, require_one_of
 from pctt.activations import activation
+from pctt.energies import Gaussian
+from pctt.layers.block import Expression
+from pctt.layers.dense import Dense
+from pctt.layers.maps import Embedding, Linear
+from pctt.network import Network, Weights
 
 SCHEMES = ("xavier", "kaiming", "orthogonal", "normal")
 
@@ -64,3 +69,68 @@ def initialise(
     if scheme == "orthogonal":
         return nn.init.orthogonal_(weight, gain or 1.0, generator=generator)
     return weight.normal_(0.0, gain or 0.05, generator=generator)
+
+
+def init(
+    net: Network,
+    seed: int = 0,
+    scheme: str = "xavier",
+    gain: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Weights:
+    """Seeded initial weights; biases are zero.
+
+    scheme: "xavier" (uniform, Glorot & Bengio 2010), "kaiming" (normal, fan-in, He et al. 2015), "orthogonal"
+    (Saxe et al. 2014) or "normal" (standard deviation = gain).
+    gain: factor on the scheme's own scale; by default 1, for kaiming the activation's gain, for normal 0.05.
+    dtype: drawn in float64 and rounded, so float32 and float64 networks of one seed agree.
+
+    Returns {layer name: {"weight": [in, out], "bias": [out]}}; of other maps than dense ones the weights have
+    torch's shapes, fan-in is what one output reads, scales start at 1, and embeddings at N(0, 1).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights: Weights = {}
+    for part in net.chains:
+        for index in part.owners:
+            rule, name = part.rule(index), part.nodes[index]
+            if isinstance(rule, Dense):
+                fan_in = part.widths[index - 1]
+                weight = initialise_weight(fan_in, rule.units, rule.activation, scheme, gain, generator)
+                weights[name] = {"weight": weight.to(dtype)}
+                if rule.bias:
+                    weights[name]["bias"] = torch.zeros(rule.units, dtype=dtype)
+            elif rule.weight_shapes():
+                layer = part.layer(index)
+                function = layer.activation if isinstance(layer, Dense) else None
+                drawn = _start(rule, function, scheme, gain, generator)
+                weights[name] = {key: values.to(dtype) for key, values in drawn.items()}
+            if rule.learns_variance and isinstance(rule.energy, Gaussian):
+                weights[name]["variance"] = (1.0 / rule.energy.matrix(rule.units)).to(dtype)
+    return weights
+
+
+def _start(
+    rule: Expression, function: str | None, scheme: str, gain: float | None, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Initial weights of a block: matrices and kernels by the scheme, scales and variances 1, the rest 0.
+
+    function: the activation of a dense layer, before or after its product; else the one that follows a map.
+    """
+    weights: dict[str, Tensor] = {}
+    for map_, shapes, keys, following in rule.weighted_maps():
+        for key, shape in map_.weight_shapes(shapes).items():
+            if key != "weight" or len(shape) == 1:
+                value = 1.0 if key in ("weight", "running_var") else 0.0
+                weights[keys[key]] = torch.full(shape, value, dtype=torch.float64)
+                continue
+            fan_in, fan_out = map_.fans(shapes)
+            if isinstance(map_, Embedding):
+                drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+                weights[keys[key]] = drawn if gain is None else gain * drawn
+                continue
+            weights[keys[key]] = initialise(
+                shape, fan_in, fan_out, function or following, scheme, gain, generator
+            )
+            if isinstance(map_, Linear) and map_.mask is not None:
+                weights[keys[key]] *= map_.drawn_mask(shape)
+    return weights

@@ -20,14 +20,16 @@ from torch import Tensor
 from pctt._checks import require_count, require_finite_positive
 from pctt.energies import Gaussian
 from pctt.inference import Inference
+from pctt.initialisers import init
 from pctt.layers.block import Block, Step
 from pctt.layers.dense import Dense
 from pctt.layers.detach import Detach
 from pctt.layers.maps import Linear
 from pctt.learning import Adam, Learning
-from pctt.network import INPUT, Network, Weights, check_weights, graph, init
+from pctt.network import INPUT, Network, Weights, check_weights
 from pctt.queries import recall
 from pctt.run import Callback, FitResult, Trainer
+from pctt.wiring import graph
 
 PATTERN = "pattern"
 """The node that patterns are clamped to."""

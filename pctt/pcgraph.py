@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pctt.energies import Energy, Gaussian
 from pctt.layers.block import Block, Step
 from pctt.layers.maps import Add, Bias, Flatten, Function, Linear, Reshape
-from pctt.network import Network, graph
+from pctt.network import Network
+from pctt.wiring import graph
 
 Connections = str | Sequence[tuple[str, str]]
 

@@ -26,7 +26,8 @@ from pctt.energies import Categorical
 from pctt.layers.block import Block, Step
 from pctt.layers.dense import Dense
 from pctt.layers.maps import Add, Embedding, Flatten, Function, Linear, Map, Multiply, Slice
-from pctt.network import Network, Weights, graph
+from pctt.network import Network, Weights
+from pctt.wiring import graph
 
 Part = tuple[Block, tuple[str, ...]]
 """A block and what it reads: "x", a letter of the same step, or with a stroke, "h'", of the one before."""

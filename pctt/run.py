@@ -31,8 +31,9 @@ from pctt.data import Split
 from pctt.energies import Categorical
 from pctt.engine import Engine, Relaxation, Status
 from pctt.inference import Inference
+from pctt.initialisers import init
 from pctt.learning import Adam, Learning
-from pctt.network import Network, Weights, check_weights, init
+from pctt.network import Network, Weights, check_weights
 from pctt.queries import check_distribution, check_whole_numbers
 
 CHECKPOINT = "checkpoint.safetensors"

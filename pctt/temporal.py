@@ -24,12 +24,14 @@ from pctt._checks import require_count
 from pctt.energies import Categorical
 from pctt.engine import Engine
 from pctt.inference import Inference
+from pctt.initialisers import init
 from pctt.layers.block import Block, Step
 from pctt.layers.dense import Dense
 from pctt.layers.maps import Add, Function, Linear
 from pctt.learning import Adam, Learning
-from pctt.network import Network, Weights, graph, init
+from pctt.network import Network, Weights
 from pctt.queries import InferenceDiverged
+from pctt.wiring import graph
 
 GAIN = 0.5
 """Of initial weights: a transition that is drawn at full scale often lets states grow without bound."""

@@ -617,7 +617,7 @@ FAULTS = (
     Fault(
         "layers-in-the-order-they-were-given",
         "graphs",
-        "pctt/network.py",
+        "pctt/wiring.py",
         "ready = [name for name in left if placed.issuperset(entries[name][1])] or left[:1]",
         "ready = left[:1]",
     ),

@@ -19,8 +19,9 @@ from pctt.control.model import (
 from pctt.energies import Gaussian
 from pctt.engine import Engine, Status
 from pctt.inference import Inference
+from pctt.initialisers import init
 from pctt.learning import Adam, Learning
-from pctt.network import Weights, check_weights, init
+from pctt.network import Weights, check_weights
 from pctt.queries import InferenceDiverged
 
 MOST_DRIVE = 1.5

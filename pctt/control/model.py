@@ -14,7 +14,8 @@ from pctt.energies import Gaussian
 from pctt.inference import Inference
 from pctt.layers.block import Block, Step
 from pctt.layers.maps import Add, Concat, Function, Linear, Reshape, Scale, Slice
-from pctt.network import Network, Weights, graph
+from pctt.network import Network, Weights
+from pctt.wiring import graph
 
 Precision = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 

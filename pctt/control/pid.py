@@ -14,7 +14,7 @@ from pctt.engine import Engine
 from pctt.inference import Inference
 from pctt.layers.block import Block, Step
 from pctt.layers.maps import Add, Linear
-from pctt.network import graph
+from pctt.wiring import graph
 
 
 class PIDAgent:

@@ -15,7 +15,8 @@ from torch import Tensor
 from pctt.energies import Energy
 from pctt.layers.block import Block, Step
 from pctt.layers.maps import Embedding, Fill, Map, Shape
-from pctt.network import Network, Weights, graph
+from pctt.network import Network, Weights
+from pctt.wiring import graph
 
 LAYERS = ("linear", "conv2d", "conv_transpose2d", "embedding")
 """Kinds of maps that begin a node; there is about one per layer of the module."""
