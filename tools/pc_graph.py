@@ -24,8 +24,10 @@ import pctt
 from pctt.data import Split, load
 from pctt.network import Network, Weights
 
-GRAPHS = ("all", "all-but-image", "layered", "generative")
-"""all-but-image: all to all, without predictions of the image, as PRECO's use_input_error=False."""
+GRAPHS = ("all", "all-but-image", "all-to-label", "layered", "generative")
+"""all-but-image: all to all, without predictions of the image, as PRECO's use_input_error=False.
+all-to-label: nor from the label, which training clamps, so that no unit can copy it.
+"""
 
 
 def connections(kind: str, hidden: list[str]) -> list[tuple[str, str]]:
@@ -35,6 +37,8 @@ def connections(kind: str, hidden: list[str]) -> list[tuple[str, str]]:
         return [(source, target) for target in nodes for source in nodes]
     if kind == "all-but-image":
         return [(source, target) for target in nodes[1:] for source in nodes]
+    if kind == "all-to-label":
+        return [(source, target) for target in nodes[1:] for source in nodes[:-1]]
     up = list(itertools.pairwise(nodes))
     return up if kind == "layered" else [(above, below) for below, above in up]
 
