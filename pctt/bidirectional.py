@@ -204,4 +204,4 @@ class _Pair:
         self, error: Slot, into: Slot, addend: Slot | None, scale: float, scalar: str | None
     ) -> None:
         """An error as a pull, which stands with the opposite sign."""
-        steps.add_scaled(self.up, error, into, addend, -scale, scalar)
+        self.up.add_scaled(error, into, addend, -scale, scalar)

@@ -82,6 +82,13 @@ class AbstractWriter:
     def add(self, out: Slot, a: Slot, b: Slot, scale: float = 1.0, scalar: str | None = None) -> Slot:
         return self.emit("add", out, a, b, scale=scale, scalar=scalar)
 
+    def add_scaled(self, a: Slot, into: Slot, addend: Slot | None, scale: float, scalar: str | None) -> None:
+        """into = addend + scale scalars[scalar] a; no addend is 0."""
+        if addend is None:
+            self.copy(into, a, scale, scalar)
+        else:
+            self.add(into, addend, a, scale, scalar)
+
     def activate(self, out: Slot, a: Slot, function: str) -> Slot:
         return self.emit("activate", out, a, function=function)
 

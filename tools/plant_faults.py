@@ -299,8 +299,8 @@ FAULTS = (
         "chain-down-pushes",
         "bidirectional",
         "pctt/bidirectional.py",
-        "steps.add_scaled(self.up, error, into, addend, -scale, scalar)",
-        "steps.add_scaled(self.up, error, into, addend, scale, scalar)",
+        "self.up.add_scaled(error, into, addend, -scale, scalar)",
+        "self.up.add_scaled(error, into, addend, scale, scalar)",
     ),
     Fault(
         "amortiser-learns-the-start",
@@ -489,8 +489,8 @@ FAULTS = (
         "add-pulls-without-its-sign",
         "maps",
         MAPS,
-        "use.add_scaled(into, addend, v, scale * self._sign(number), scalar)",
-        "use.add_scaled(into, addend, v, scale, scalar)",
+        "use.at.add_scaled(v, into, addend, scale * self._sign(number), scalar)",
+        "use.at.add_scaled(v, into, addend, scale, scalar)",
     ),
     Fault(
         "gate-multiplied-by-itself",

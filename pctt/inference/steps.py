@@ -72,7 +72,7 @@ def in_errors(at: AbstractState, stage: Stage, moving: list[int]) -> None:
         drawn[index], adjoint = [], at.node("adjoint", index)
         for number, pull in enumerate(pulls_on(at, index, senders)):
             pull(adjoint, adjoint if number else None, 1.0, None)
-            drawn[index] = [partial(add_scaled, at, adjoint)]
+            drawn[index] = [partial(at.add_scaled, adjoint)]
             senders.add(index)
     reached = {index for index in moving if drawn[index] or index in charged}
     for index in sorted(reached):
@@ -149,16 +149,7 @@ def _nudge_pull(at: AbstractState, into: Slot, addend: Slot | None, scale: float
         at.add(pull, at.node("target", at.last), at.node("initial", at.last), -1.0)
     else:
         at.add(pull, at.node("pull", at.last), at.node("deviation", at.last), -1.0)
-    add_scaled(at, at.copy(pull, pull, 1.0, NUDGE), into, addend, scale, scalar)
-
-
-def add_scaled(
-    at: AbstractState, pull: Slot, into: Slot, addend: Slot | None, scale: float, scalar: str | None
-) -> None:
-    if addend is None:
-        at.copy(into, pull, scale, scalar)
-    else:
-        at.add(into, addend, pull, scale, scalar)
+    at.add_scaled(at.copy(pull, pull, 1.0, NUDGE), into, addend, scale, scalar)
 
 
 # --- what follows -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ the same maps spread over nodes give each of them activities and errors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -203,10 +204,7 @@ class Expression:
                     "'softmax'."
                 )
         else:
-            units = 1
-            for size in self.shape:
-                units *= size
-            self.energy.check(units)
+            self.energy.check(self.units)
 
     def _name_weights(self, steps: Sequence[Step]) -> list[dict[str, str]]:
         """Per map, {its key: the layer's key}."""
@@ -241,7 +239,7 @@ class Expression:
 
     @property
     def units(self) -> int:
-        return _units(self.shape)
+        return math.prod(self.shape)
 
     @property
     def learns_variance(self) -> bool:
@@ -301,7 +299,7 @@ class Expression:
     # --- slots ----------------------------------------------------------------------------------------------
 
     def _slot(self, at: AbstractState, index: int, role: str, value: int) -> Slot:
-        return at.inner(f"{role}{value}", index, _units(self.shapes[value]))
+        return at.inner(f"{role}{value}", index, math.prod(self.shapes[value]))
 
     def _base(self, at: AbstractState, index: int, value: int) -> Slot:
         """The value that the anchor has."""
@@ -359,6 +357,10 @@ class Expression:
         standing = value not in changed or value in self._read or value < self.num_sources
         if standing or not self.maps[value - self.num_sources].is_linear:
             return self._current(at, index, value, changed)
+        return self._summed(at, index, value)
+
+    def _summed(self, at: AbstractState, index: int, value: int) -> Slot:
+        """A value, from its base and its change."""
         change = self._slot(at, index, "change", value)
         return at.add(self._slot(at, index, "value", value), self._base(at, index, value), change)
 
@@ -391,7 +393,7 @@ class Expression:
             if map_.is_linear:
                 self._push(at, index, use, number, changed, (out, base, sign) if final else None)
                 if value in self._read:
-                    self._now_written(at, index, value)
+                    self._summed(at, index, value)
                 continue
             now = self._slot(at, index, "value", value)
             map_.forward(use, now)
@@ -401,10 +403,6 @@ class Expression:
             elif value in self._changes_read:
                 at.add(self._slot(at, index, "change", value), now, self._base(at, index, value), -1.0)
         return out if self.maps[-1].is_linear else self._slot(at, index, "value", self.last)
-
-    def _now_written(self, at: AbstractState, index: int, value: int) -> None:
-        change = self._slot(at, index, "change", value)
-        at.add(self._slot(at, index, "value", value), self._base(at, index, value), change)
 
     def _push(
         self,
@@ -446,10 +444,7 @@ class Expression:
         changed = self._changed(at, index)
         pulled = self._pulled(at, index, signal, self._between(wanted), changed, False)
         if self.top in wanted:  # softmax by itself: the source holds the logits
-            if addend is None:
-                at.copy(into, signal, scale, scalar)
-            else:
-                at.add(into, addend, signal, scale, scalar)
+            at.add_scaled(signal, into, addend, scale, scalar)
             addend = into
         for number in reversed(range(len(self.maps))):
             value = self.num_sources + number
@@ -512,10 +507,3 @@ class Expression:
                 self.maps[number].pull(use, position, pulled[value], slot, addend, 1.0, None)
                 pulled[below] = slot
         return pulled
-
-
-def _units(shape: Shape) -> int:
-    units = 1
-    for size in shape:
-        units *= size
-    return units

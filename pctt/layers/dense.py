@@ -191,10 +191,7 @@ class Dense:
         at.derivative(feedback, feedback, drive, value, self.input_function)
         if self.skip:
             at.add(feedback, feedback, signal)
-        if addend is None:
-            at.copy(into, feedback, scale, scalar)
-        else:
-            at.add(into, addend, feedback, scale, scalar)
+        at.add_scaled(feedback, into, addend, scale, scalar)
 
     def gradient(self, at: AbstractState, index: int) -> None:
         """dF/dW and dF/db, averaged over the batch, into `weight_gradient` and `bias_gradient`."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pctt.layers.maps import Map, Use
+from pctt.layers.maps import Passing, Use, unchanged
 from pctt.program import Slot
 
 
 @dataclass(frozen=True)
-class Detach(Map):
+class Detach(Passing):
     """y = x, with no feedback to x: the error of the node predicted through it moves that node alone.
 
     What then relaxes is no descent of the energy but the node-local rule dx = -e, whose resting points are
@@ -18,9 +18,6 @@ class Detach(Map):
     """
 
     kind: ClassVar[str] = "detach"
-
-    def push(self, use: Use, number: int, change: Slot, out: Slot, addend: Slot | None, scale: float) -> None:
-        use.add_scaled(out, addend, change, scale, None)
 
     def pull(
         self,
@@ -32,7 +29,4 @@ class Detach(Map):
         scale: float,
         scalar: str | None,
     ) -> None:
-        if addend is None:
-            use.emit("fill", into, scale=0.0)
-        elif addend != into:
-            use.at.copy(into, addend)
+        unchanged(use, into, addend)

@@ -65,12 +65,25 @@ class Use:
         self.at.code.append(Instruction(op, (out,), given, scale, scalar, function, options))
         return out
 
-    def add_scaled(self, into: Slot, addend: Slot | None, a: Slot, scale: float, scalar: str | None) -> None:
-        """into = addend + scale scalars[scalar] a"""
-        if addend is None:
-            self.at.copy(into, a, scale, scalar)
-        else:
-            self.at.add(into, addend, a, scale, scalar)
+    def delivered(
+        self,
+        write: Callable[[Slot], object],
+        role: str,
+        units: int,
+        into: Slot,
+        addend: Slot | None,
+        scale: float,
+        scalar: str | None,
+    ) -> None:
+        """into = addend + scale scalars[scalar] r, r what `write` puts into a slot of `units` units: `into`
+        itself where nothing is added or multiplied, else a scratch slot of `role`.
+        """
+        if addend is None and scale == 1.0 and scalar is None:
+            write(into)
+            return
+        found = self.scratch(role, units)
+        write(found)
+        self.at.add_scaled(found, into, addend, scale, scalar)
 
 
 @dataclass(frozen=True)
@@ -127,11 +140,11 @@ class Map:
         del use, v, scale, scalar
 
 
-class _Passing(Map):
+class Passing(Map):
     """A map whose output changes by as much as its inputs do."""
 
     def push(self, use: Use, number: int, change: Slot, out: Slot, addend: Slot | None, scale: float) -> None:
-        use.add_scaled(out, addend, change, scale, None)
+        use.at.add_scaled(change, out, addend, scale, None)
 
     def pull(
         self,
@@ -143,7 +156,7 @@ class _Passing(Map):
         scale: float,
         scalar: str | None,
     ) -> None:
-        use.add_scaled(into, addend, v, scale, scalar)
+        use.at.add_scaled(v, into, addend, scale, scalar)
 
 
 def _size(shape: Shape) -> int:
@@ -205,13 +218,11 @@ class Function(Map):
         scale: float,
         scalar: str | None,
     ) -> None:
-        direct = addend is None and scale == 1.0 and scalar is None
-        out = into if direct else use.scratch("slope", _size(use.shape))
-        use.emit(
-            "derivative", out, v, use.value(0), use.output(), function=self.name, options=self._options(use)
-        )
-        if not direct:
-            use.add_scaled(into, addend, out, scale, scalar)
+        def write(out: Slot) -> None:
+            operands = v, use.value(0), use.output()
+            use.emit("derivative", out, *operands, function=self.name, options=self._options(use))
+
+        use.delivered(write, "slope", _size(use.shape), into, addend, scale, scalar)
 
 
 @dataclass(frozen=True)
@@ -225,7 +236,7 @@ class Scale(Map):
         _require_number("factor", self.factor)
 
     def push(self, use: Use, number: int, change: Slot, out: Slot, addend: Slot | None, scale: float) -> None:
-        use.add_scaled(out, addend, change, scale * self.factor, None)
+        use.at.add_scaled(change, out, addend, scale * self.factor, None)
 
     def pull(
         self,
@@ -237,11 +248,11 @@ class Scale(Map):
         scale: float,
         scalar: str | None,
     ) -> None:
-        use.add_scaled(into, addend, v, scale * self.factor, scalar)
+        use.at.add_scaled(v, into, addend, scale * self.factor, scalar)
 
 
 @dataclass(frozen=True)
-class Shift(_Passing):
+class Shift(Passing):
     """y = x + constant"""
 
     constant: float
@@ -255,7 +266,7 @@ class Shift(_Passing):
 
 
 @dataclass(frozen=True)
-class Reshape(_Passing):
+class Reshape(Passing):
     """The same numbers as another shape."""
 
     shape: tuple[int, ...]
@@ -273,7 +284,7 @@ class Reshape(_Passing):
 
 
 @dataclass(frozen=True)
-class Flatten(_Passing):
+class Flatten(Passing):
     """All numbers in one axis."""
 
     kind: ClassVar[str] = "flatten"
@@ -337,7 +348,7 @@ class Fill(Map):
         use.emit("fill", out, scale=self.value)
 
     def push(self, use: Use, number: int, change: Slot, out: Slot, addend: Slot | None, scale: float) -> None:
-        _unchanged(use, out, addend)
+        unchanged(use, out, addend)
 
     def pull(
         self,
@@ -349,10 +360,10 @@ class Fill(Map):
         scale: float,
         scalar: str | None,
     ) -> None:
-        _unchanged(use, into, addend)
+        unchanged(use, into, addend)
 
 
-def _unchanged(use: Use, into: Slot, addend: Slot | None) -> None:
+def unchanged(use: Use, into: Slot, addend: Slot | None) -> None:
     """into = addend + 0"""
     if addend is None:
         use.emit("fill", into, scale=0.0)
@@ -431,7 +442,7 @@ class Add(Map):
         return _same(self.kind, shapes)
 
     def push(self, use: Use, number: int, change: Slot, out: Slot, addend: Slot | None, scale: float) -> None:
-        use.add_scaled(out, addend, change, scale * self._sign(number), None)
+        use.at.add_scaled(change, out, addend, scale * self._sign(number), None)
 
     def pull(
         self,
@@ -443,7 +454,7 @@ class Add(Map):
         scale: float,
         scalar: str | None,
     ) -> None:
-        use.add_scaled(into, addend, v, scale * self._sign(number), scalar)
+        use.at.add_scaled(v, into, addend, scale * self._sign(number), scalar)
 
     def _sign(self, number: int) -> int:
         return self.signs[number] if self.signs else 1
@@ -473,11 +484,10 @@ class Multiply(Map):
         scale: float,
         scalar: str | None,
     ) -> None:
-        direct = addend is None and scale == 1.0 and scalar is None
-        out = into if direct else use.scratch("slope", _size(use.shape))
-        use.emit("multiply", out, v, use.value(1 - number))
-        if not direct:
-            use.add_scaled(into, addend, out, scale, scalar)
+        def write(out: Slot) -> None:
+            use.emit("multiply", out, v, use.value(1 - number))
+
+        use.delivered(write, "slope", _size(use.shape), into, addend, scale, scalar)
 
 
 @dataclass(frozen=True)
@@ -916,11 +926,10 @@ class MaxPool2d(Map):
         scale: float,
         scalar: str | None,
     ) -> None:
-        direct = addend is None and scale == 1.0 and scalar is None
-        out = into if direct else use.scratch("spread", _size(use.shapes[0]))
-        use.emit("unpool_max", out, v, use.value(0), options=_pool_options(self, use))
-        if not direct:
-            use.add_scaled(into, addend, out, scale, scalar)
+        def write(out: Slot) -> None:
+            use.emit("unpool_max", out, v, use.value(0), options=_pool_options(self, use))
+
+        use.delivered(write, "spread", _size(use.shapes[0]), into, addend, scale, scalar)
 
 
 @dataclass(frozen=True)
@@ -1025,11 +1034,10 @@ class _Normalising(Map):
         scale: float,
         scalar: str | None,
     ) -> None:
-        direct = addend is None and scale == 1.0 and scalar is None
-        out = into if direct else use.scratch("slope", _size(use.shape))
-        use.emit("normalise_pull", out, v, use.value(0), options=self.region(use.shape))
-        if not direct:
-            use.add_scaled(into, addend, out, scale, scalar)
+        def write(out: Slot) -> None:
+            use.emit("normalise_pull", out, v, use.value(0), options=self.region(use.shape))
+
+        use.delivered(write, "slope", _size(use.shape), into, addend, scale, scalar)
 
 
 @dataclass(frozen=True)
@@ -1117,7 +1125,7 @@ class Affine(Map):
 
 
 @dataclass(frozen=True)
-class Bias(_Passing):
+class Bias(Passing):
     """y = x + bias, a number per entry of the last `axes` axes (positions and units of an embedding).
 
     trained: False for numbers that no gradient moves, such as positions written down as sines.
@@ -1250,7 +1258,7 @@ class Attend(Map):
         outs = tuple(use.scratch(f"attended{n}_", size) for n, size in enumerate(sizes))
         values = tuple(use.value(n) for n in range(3))
         use.at.code.append(Instruction("attend_pull", outs, (v, *values), options=self._options(use)))
-        use.add_scaled(into, addend, outs[number], scale, scalar)
+        use.at.add_scaled(outs[number], into, addend, scale, scalar)
 
 
 MAPS: dict[str, type[Map]] = {
