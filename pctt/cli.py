@@ -105,6 +105,7 @@ def train(
     out: Path | None = None,
     resume: bool = False,
     tensorboard: bool = False,
+    fused: bool = False,
     json: bool = False,
 ) -> int:
     """Train a network; leaves config, metrics, checkpoint and curves in a run folder.
@@ -127,6 +128,7 @@ def train(
         out: Run folder; else runs/NAME-1, runs/NAME-2, ...
         resume: Go on with the run in --out, bit for bit as if it had never stopped.
         tensorboard: Mirror the metrics to tensorboard files in the run folder.
+        fused: On a card, run every training step as one program of our own.
         json: Print JSON lines instead of text.
     """
     config = _override(
@@ -142,6 +144,7 @@ def train(
             "training.batch_size": batch_size,
             "training.seed": seed,
             "training.tensorboard": tensorboard or None,
+            "training.fused": fused or None,
             **_assignments(set),
         },
     )
@@ -618,7 +621,9 @@ def _elsewhere(config: RunConfig, backend: str | None, device: str | None) -> Ru
     backend = backend or before.backend
     device = device or (before.device if backend == before.backend else None)
     try:
-        training = replace(before, backend=backend, device=device)
+        fused = before.fused and backend == "tenstorrent"
+        cores = before.cores_per_layer if fused else None
+        training = replace(before, backend=backend, device=device, fused=fused, cores_per_layer=cores)
         precision = None if backend == "reference" else config.precision
         return replace(config, training=training, precision=precision)
     except ValueError as error:
@@ -649,6 +654,8 @@ FREE_ON_RESUME = (
     "training.backend",
     "training.device",
     "training.tensorboard",
+    "training.fused",
+    "training.cores_per_layer",
     "precision",
 )
 """Settings that may differ when a run goes on: where it runs, how long, and what it reports."""
@@ -706,7 +713,14 @@ def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) ->
     """The trainer of a run, and whether the run begins here."""
     settings = config.training
     if resume and (folder / CHECKPOINT).is_file():
-        trainer = load_run(folder, settings.backend, settings.device, config.precision)
+        trainer = load_run(
+            folder,
+            settings.backend,
+            settings.device,
+            config.precision,
+            settings.fused,
+            settings.cores_per_layer,
+        )
         if trainer.progress.epoch > settings.epochs:
             done = trainer.progress.epoch
             raise UsageError(f"the run in {folder} has done {done} epochs; give --epochs of at least {done}.")
@@ -728,6 +742,8 @@ def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) ->
         algorithm=settings.algorithm,
         precision=config.precision,
         clamped=tuple(config.clamp) if config.clamp is not None else None,
+        fused=settings.fused,
+        cores_per_layer=settings.cores_per_layer,
     )
     return trainer, True
 

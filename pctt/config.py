@@ -85,6 +85,7 @@ class TrainingConfig:
     device: reference: a torch device; emulated: a chip such as n150; tenstorrent: the number of a card.
     checkpoint_every: also write a checkpoint after this many batches, not only after each epoch.
     tensorboard: mirror the metrics to tensorboard event files in the run folder.
+    fused: tenstorrent: every training step is one program.    cores_per_layer: its cores for each layer.
     """
 
     epochs: int = 10
@@ -95,6 +96,8 @@ class TrainingConfig:
     device: str | None = None
     checkpoint_every: int | None = None
     tensorboard: bool = False
+    fused: bool = False
+    cores_per_layer: int | None = None
 
     def __post_init__(self) -> None:
         require_count("epochs", self.epochs)
@@ -106,6 +109,14 @@ class TrainingConfig:
             _check_device(self.backend, self.device)
         if self.checkpoint_every is not None:
             require_count("checkpoint_every", self.checkpoint_every, least=1)
+        if self.fused and self.backend != "tenstorrent":
+            raise ValueError(
+                f"fused is a way of running on a card; set backend to tenstorrent, not {self.backend}."
+            )
+        if self.cores_per_layer is not None:
+            require_count("cores_per_layer", self.cores_per_layer, least=1)
+            if not self.fused:
+                raise ValueError("cores_per_layer is of the fused kernel; set fused as well.")
 
 
 def _check_device(backend: str, device: str) -> None:

@@ -104,6 +104,7 @@ class _Batch:
     combine: Callable[[], None]
     relaxation: Callable[[], None]  # all of inference in one
     learning: Callable[[], None]  # gradients and update in one
+    training: Callable[[], None]  # both in one
 
 
 class Engine:
@@ -115,6 +116,8 @@ class Engine:
     learning: the rule applied by `update`.    grouped: stack equal layers (same numbers either way).
     precision: formats of the tensors on a card; not for the reference backend.
     batch_size: of the largest batches to come, for which a card backend plans its memory.
+    fused: on a card, run in one program of our own (docs/kernels.md).    cores_per_layer: its cores for each
+        layer, None for as few as memory allows.
     Buffers are reused between batches; what the caller gets is always a copy.
     """
 
@@ -132,6 +135,8 @@ class Engine:
         precision: PrecisionPolicy | None = None,
         batch_size: int = 32,
         held: Collection[str] = (),
+        fused: bool = False,
+        cores_per_layer: int | None = None,
     ) -> None:
         self.net = net
         self.inference = inference
@@ -140,7 +145,7 @@ class Engine:
         self.clamped = tuple(clamped)
         self.placed = tuple(placed)
         self.held = tuple(held)
-        self.backend = open_backend(backend, self.dtype, device, precision)
+        self.backend = open_backend(backend, self.dtype, device, precision, fused, cores_per_layer)
         indices = [net.node_index(name) for name in self.clamped]
         placed_indices = [net.node_index(name) for name in self.placed]
         held_indices = [net.node_index(name) for name in self.held]
@@ -298,6 +303,7 @@ class Engine:
         upcoming: Mapping[str, Tensor] | None = None,
         seed: int = 0,
         held: Mapping[str, Tensor] | None = None,
+        learn: bool = False,
     ) -> Relaxation:
         """Runs inference on one batch.
 
@@ -307,6 +313,8 @@ class Engine:
         upcoming: the activities of the next batch, the very tensors; they are sent while this one runs.
         seed: of the noise, where the dynamics have any.
         held: {node: bool [B, units]} of every held node, True where a unit stays.
+        learn: go on with what `learn` does, by the rate and step of `set_learning`, in one sequence with
+            inference; whether that has gone wrong is known after the weights have moved.
 
         With a centred nudge the batch relaxes twice, the second time to the positive side, and what is
         reported and read is of that. Where weights move with every inference step they have moved by the end
@@ -333,8 +341,10 @@ class Engine:
             batch.keep()
         self._set_nudge(self._nudge, 2.0 if self.program.keep else 1.0)
         tolerance, watched = self.inference.tolerance, record or self.inference.tolerance is not None
+        if learn and watched:
+            raise ValueError("a watched relaxation is judged before weights move; call learn after it.")
         if not watched:
-            batch.relaxation()
+            (batch.training if learn else batch.relaxation)()
             self._send_ahead(batch, upcoming)
             return self._outcome(batch, Status.COMPLETED, self.program.num_steps, None)
         batch.initialise()
@@ -521,6 +531,8 @@ class Engine:
             steps = [
                 self._counted(number, distinct[kind]) for number, kind in enumerate(self.program.walk, 1)
             ]
+            inferring = [initialise, measure_initial, *steps, finish, measure]
+            moving_weights = [gradients, combine, self._update]
             self._batches[batch_size] = _Batch(
                 buffers,
                 given,
@@ -533,8 +545,9 @@ class Engine:
                 sweep,
                 keep,
                 combine,
-                self.backend.sequence([initialise, measure_initial, *steps, finish, measure]),
-                self.backend.sequence([gradients, combine, self._update]),
+                self.backend.sequence(inferring),
+                self.backend.sequence(moving_weights),
+                self.backend.sequence([*inferring, *moving_weights]),
             )
         return self._batches[batch_size]
 

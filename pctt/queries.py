@@ -63,6 +63,7 @@ def infer(
     throw: bool = False,
     seed: int = 0,
     held: Mapping[str, Tensor] | None = None,
+    fused: bool = False,
 ) -> InferenceResult:
     """Relaxes the free nodes with the clamped ones held at data (Whittington & Bogacz 2017, eq. 2.10 to
     2.13).
@@ -78,8 +79,8 @@ def infer(
     throw: raise InferenceDiverged unless the status is ok; otherwise look at `status`.
     seed: of the noise of dynamics="langevin".
     held: {node: bool [B, units] or [B, *shape]} of nodes in `initial`: where True, a unit stays at its
-    initial
-        activity, so that of each sample another part may be known.
+        initial activity, so that of each sample another part may be known.
+    fused: on a card, each step in one program of our own (docs/kernels.md).
 
     The result is the state after exactly `num_steps` updates (fewer with a tolerance), with errors and
     predictions belonging to it. Raises ValueError for unknown nodes, wrong shapes or dtypes, NaN, or targets
@@ -102,6 +103,7 @@ def infer(
         grouped=grouped,
         batch_size=len(next(iter(given.values()))),
         held=tuple(still),
+        fused=fused,
     )
     relaxation = engine.relax(given, record=True, seed=seed, held=still)
     if throw and not relaxation.status.ok:

@@ -82,6 +82,8 @@ class Trainer:
     backend, device: where.    seed: of weights and batch order.    batch_size: samples per learning step.
     algorithm: "pc" or "backprop".    grouped: stack equal layers; the numbers are the same.
     precision: formats of the tensors on a card.
+    fused: on a card, every training step is one program (docs/kernels.md).    cores_per_layer: its cores for
+        each layer, None for as few as memory allows.
     clamped: the nodes that data are clamped to, by default the input and the output of the network. Others
         take data by name, `fit({node: values})`: of a generative model the images alone, say.
 
@@ -107,6 +109,8 @@ class Trainer:
         grouped: bool = True,
         precision: PrecisionPolicy | None = None,
         clamped: Sequence[str] | None = None,
+        fused: bool = False,
+        cores_per_layer: int | None = None,
     ) -> None:
         require_count("seed", seed)
         require_count("batch_size", batch_size, least=1)
@@ -155,6 +159,8 @@ class Trainer:
             grouped=grouped,
             precision=precision,
             batch_size=batch_size,
+            fused=fused,
+            cores_per_layer=cores_per_layer,
         )
         self._stop_requested = False
         self._asking: Engine | None = None  # relaxes with the input alone clamped
@@ -176,6 +182,13 @@ class Trainer:
             return {"backend": backend.name, "device": device, "precision": precision}
         device = str(backend.device) if isinstance(backend, Reference) else None
         return {"backend": backend.name, "device": device, "precision": None}
+
+    @property
+    def _in_whole_steps(self) -> bool:
+        """Whether inference and learning are one sequence on the backend, judged after both."""
+        inference = self.inference
+        judged_between = inference.tolerance is not None or inference.weights_at == "every_step"
+        return self.engine.backend.whole_steps and not judged_between
 
     # --- training -------------------------------------------------------------------------------------------
 
@@ -340,8 +353,9 @@ class Trainer:
         else:
             self.engine.set_learning(rate, self.progress.step + 1)
             seed = _seed(self.seed, self.progress.step) if self.inference.is_random else 0
-            relaxation = self.engine.relax(batch, record, upcoming, seed)
-            if relaxation.status.ok:
+            whole = self._in_whole_steps and not record
+            relaxation = self.engine.relax(batch, record, upcoming, seed, learn=whole)
+            if relaxation.status.ok and not whole:
                 self.engine.learn(rate, self.progress.step + 1)
             return relaxation
         if relaxation.status.ok:
@@ -365,7 +379,9 @@ class Trainer:
         advice = f"lower inference.rate (now {self.inference.rate:g})" + (
             "" if relaxation.status is Status.DIVERGED else f" or learning.rate (now {self.learning.rate:g})"
         )
-        spoilt = self.inference.weights_at == "every_step" and self.algorithm == "pc"
+        spoilt = self.algorithm == "pc" and (
+            self.inference.weights_at == "every_step" or self._in_whole_steps
+        )
         state = (
             "the weights have moved with it, so go back to the last checkpoint"
             if spoilt
@@ -478,6 +494,8 @@ def load(
     backend: str = "reference",
     device: str | int | None = None,
     precision: PrecisionPolicy | None = None,
+    fused: bool = False,
+    cores_per_layer: int | None = None,
 ) -> Trainer:
     """The trainer that `save` wrote, ready to go on; on any backend, since a checkpoint does not depend on
     the one that wrote it.
@@ -509,6 +527,8 @@ def load(
         backend=backend,
         device=device,
         precision=precision,
+        fused=fused,
+        cores_per_layer=cores_per_layer,
         **settings,
     )
     try:

@@ -299,8 +299,8 @@ class Lowering(CardWriter):
 
     def lower(self) -> Program:
         names = ("initialise", "measure_initial", "finish", "measure", "gradients", "update", "sweep")
-        sections = {name: list(_singles(getattr(self.program, name))) for name in names}
-        sections |= {f"step{i}": list(_singles(code)) for i, code in enumerate(self.program.steps)}
+        sections = {name: list(singles(getattr(self.program, name))) for name in names}
+        sections |= {f"step{i}": list(singles(code)) for i, code in enumerate(self.program.steps)}
         sections = {name: [self._without_unused(i) for i in code] for name, code in sections.items()}
         life = Life(sections, self.program.walk)
         sections = {name: life.without_dead(name) for name in sections}
@@ -761,7 +761,7 @@ def slots_of(instruction: Instruction) -> tuple[Slot, ...]:
     return (*instruction.out, *instruction.inputs)
 
 
-def _singles(code: Iterable[Instruction]) -> Iterable[Instruction]:
+def singles(code: Iterable[Instruction]) -> Iterable[Instruction]:
     """The instructions on single entries that `coalesce` joined."""
     for instruction in code:
         for offset in range(instruction.out[0].stop - instruction.out[0].start):

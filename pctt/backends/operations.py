@@ -71,6 +71,8 @@ class Backend(Protocol):
     uniform: bool
     """Whether inference steps that serve every layer run better than ones that skip layers not yet reached.
     """
+    whole_steps: bool
+    """Whether a training step runs best as one sequence, relaxation and learning together."""
 
     @property
     def planned_rows(self) -> int | None:
@@ -149,6 +151,8 @@ def backend(
     dtype: torch.dtype,
     device: str | int | None = None,
     precision: PrecisionPolicy | None = None,
+    fused: bool = False,
+    cores_per_layer: int | None = None,
 ) -> Backend:
     """The backend called `name`, opened on `device`.
 
@@ -158,6 +162,16 @@ def backend(
     Raises ValueError for an unknown name, BackendUnavailable where it cannot run.
     """
     require_one_of("backend", name, BACKENDS)
+    if fused:
+        if name != "tenstorrent":
+            raise ValueError(
+                f"fused=True is a way of running on a card; use backend='tenstorrent', not {name!r}."
+            )
+        from pctt.backends.fused import Fused
+
+        return Fused(dtype, device, precision, cores_per_layer)
+    if cores_per_layer is not None:
+        raise ValueError("cores_per_layer is of the fused kernel; add fused=True.")
     if name == "emulated":
         from pctt.backends.emulated import Emulated
 

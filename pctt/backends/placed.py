@@ -24,6 +24,7 @@ class Placed:
 
     name = "placed"
     uniform = True
+    whole_steps = False
 
     def __init__(
         self, dtype: torch.dtype, chip: Chip, grid: tuple[int, int], policy: PrecisionPolicy | None

@@ -79,6 +79,7 @@ class Reference:
             )
 
     uniform = False
+    whole_steps = False
     planned_rows = None
 
     def compile(

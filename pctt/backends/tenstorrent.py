@@ -47,7 +47,7 @@ _open: dict[int, Any] = {}  # devices of this process, kept open: opening one ta
 
 
 @contextmanager
-def _device_at_work() -> Generator[None]:
+def device_at_work() -> Generator[None]:
     """Turns what ttnn raises into DeviceLost. Every call that a device at work must answer is in one."""
     try:
         yield
@@ -64,8 +64,8 @@ def _reason(error: Exception) -> str:
     return lines[after].rstrip(".") if after < len(lines) else type(error).__name__
 
 
-class Tenstorrent(Placed):
-    """One card through TT-NN. device: its number, default 0."""
+class Card(Placed):
+    """One open card. device: its number, default 0."""
 
     name = "tenstorrent"
 
@@ -78,6 +78,19 @@ class Tenstorrent(Placed):
         arch = "blackhole" if "BLACKHOLE" in str(self.device.arch()) else "wormhole_b0"
         super().__init__(dtype, _chip(arch, (size.x, size.y)), (size.x, size.y), policy)
         self.ttnn = _ttnn()
+
+    @device_at_work()
+    def synchronise(self) -> None:
+        self.ttnn.synchronize_device(self.device)
+
+
+class Tenstorrent(Card):
+    """Each card operation as a TT-NN program."""
+
+    def __init__(
+        self, dtype: torch.dtype, device: str | int | None = None, policy: PrecisionPolicy | None = None
+    ) -> None:
+        super().__init__(dtype, device, policy)
         fidelity = getattr(self.ttnn.MathFidelity, self.fidelity)
         self.compute = self.ttnn.init_device_compute_kernel_config(
             self.device.arch(),
@@ -103,7 +116,7 @@ class Tenstorrent(Placed):
 
     # --- tensors --------------------------------------------------------------------------------------------
 
-    @_device_at_work()
+    @device_at_work()
     def allocate(self, buffer: CardBuffer, batch_size: int) -> CardTensor:
         rows, columns = (size * TILE for size in buffer.tiles(batch_size))
         first = (
@@ -133,7 +146,7 @@ class Tenstorrent(Placed):
         spec = ttnn.ShardSpec(cores, shape, ttnn.ShardOrientation.ROW_MAJOR)
         return ttnn.MemoryConfig(ttnn.TensorMemoryLayout.HEIGHT_SHARDED, ttnn.BufferType.L1, spec)
 
-    @_device_at_work()
+    @device_at_work()
     def put(self, tensor: CardTensor, buffer: CardBuffer, index: int, values: Tensor) -> None:
         values = values[:1] if buffer.rows == 1 else values
         host = self.ttnn.from_torch(
@@ -141,7 +154,7 @@ class Tenstorrent(Placed):
         )
         self.ttnn.copy_host_to_device_tensor(host, tensor.view(index, index + 1))
 
-    @_device_at_work()
+    @device_at_work()
     def send_ahead(self, buffer: CardTensor, slot: Slot, values: Tensor) -> Callable[[], None]:
         """On the second command queue, to a tensor beside the one in use."""
         if not self.queues:
@@ -159,7 +172,7 @@ class Tenstorrent(Placed):
         ttnn.copy_host_to_device_tensor(host, waiting.tensor, cq_id=1)
         arrived = ttnn.record_event(self.device, 1)
 
-        @_device_at_work()
+        @device_at_work()
         def write() -> None:
             ttnn.wait_for_event(0, arrived)
             self._scaled(waiting.tensor, 1.0, [], target)
@@ -167,13 +180,9 @@ class Tenstorrent(Placed):
 
         return write
 
-    @_device_at_work()
+    @device_at_work()
     def get(self, tensor: CardTensor, start: int, stop: int) -> Tensor:
         return self.ttnn.to_torch(tensor.view(start, stop))[0].float()
-
-    @_device_at_work()
-    def synchronise(self) -> None:
-        self.ttnn.synchronize_device(self.device)
 
     # --- running --------------------------------------------------------------------------------------------
 
@@ -351,7 +360,7 @@ class Tenstorrent(Placed):
                 (h, w)
                 for h in range(1, 5)
                 for w in range(1, 5)
-                if h * w <= 4 and not (rows % h or columns % w)
+                if h * w <= 4 and not (rows % h or columns % w) and (h == 1 or w == columns)
             ]
             height, width = max(pairs, key=lambda pair: pair[0] * pair[1])  # of 4 tiles of fp32 accumulator
             return self.ttnn.MatmulMultiCoreReuseProgramConfig(
@@ -419,7 +428,7 @@ class Section:
         self.scalars = scalars
         self.written: dict[str, float] = {}
 
-    @_device_at_work()
+    @device_at_work()
     def __call__(self) -> None:
         self.write_numbers()
         for call in self.calls:
@@ -445,7 +454,7 @@ class Sequence:
         self.warm = False
         self.trace: Any = None
 
-    @_device_at_work()
+    @device_at_work()
     def __call__(self) -> None:
         device = self.backend.device
         for section in self.sections:

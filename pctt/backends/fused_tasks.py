@@ -1,0 +1,588 @@
+"""From card operations to tasks of single cores: what `kernels/training_step` carries out.
+
+A card operation serves many layers; a task is the share of one core in it. A node lies on one core or on
+several, each with a slice of its units, of the incoming weights and of all that belongs to them. So an
+elementwise operation is the same on every slice, and the three products are
+
+    prediction   the whole source times the slice of the weights
+    feedback     the slice of the errors times the slice of the weights, transposed tile by tile: a partial
+                 sum for every unit below, which the cores below add up
+    gradient     the whole source, transposed, times the slice of the errors
+
+What cores exchange are the buffers whose role ends in ^, which lie with the layer above their node: sources
+go up, to every core of that layer, and partial sums of feedback come down, to the slice they are for. A
+sender writes them where the receiver reads them. No other tensor leaves its core.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from pctt.backends.fused_chain import Chain
+from pctt.backends.fused_stream import IN0, IN1, OUT, TRANSPOSED, Ref, Word, link
+from pctt.backends.lowering import TILE, CardBuffer, singles
+from pctt.backends.lowering import Chain as Functions
+from pctt.backends.precision import BYTES
+from pctt.program import BATCH, Instruction, Program, Slot
+
+Region = tuple[str, int, int]
+"""A tensor on a core; of one that several cores write to, the block of that sender."""
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Which cores hold which node: node i the next `slices[i]` of them, counted row by row from (0, 0).
+
+    A layer lies with the node that it predicts.
+    """
+
+    slices: tuple[int, ...]
+
+    @cached_property
+    def first(self) -> tuple[int, ...]:
+        return tuple(sum(self.slices[:node]) for node in range(len(self.slices)))
+
+    @property
+    def total(self) -> int:
+        return sum(self.slices)
+
+    def of(self, node: int) -> range:
+        return range(self.first[node], self.first[node] + self.slices[node])
+
+    def node(self, buffer: CardBuffer, entry: int) -> int:
+        """The node whose cores hold that entry of a buffer."""
+        assert buffer.first is not None, buffer
+        return buffer.first + entry
+
+    def held_by(self, buffer: CardBuffer) -> range:
+        """Every core with an entry of a buffer, or a slice of one."""
+        last = self.node(buffer, buffer.count - 1)
+        return range(self.first[self.node(buffer, 0)], self.of(last).stop)
+
+    def num_slices(self, buffer: CardBuffer) -> int:
+        """Cores that share the columns of an entry; 1 where each has them all."""
+        return 1 if is_whole(buffer) else max(self.slices[self.node(buffer, i)] for i in range(buffer.count))
+
+    def tiles(self, buffer: CardBuffer, rows: int) -> tuple[int, int]:
+        """Rows and columns on one core, in tiles. rows: of a batch."""
+        height, width = buffer.tiles(rows)
+        return height, -(-width // self.num_slices(buffer))
+
+    def bytes(self, buffer: CardBuffer, rows: int) -> int:
+        height, width = self.tiles(buffer, rows)
+        return height * width * tile_bytes(buffer)
+
+
+def evenly(tiles: int, most: int) -> int:
+    """The largest number of cores up to `most` of which each gets a share of that many tiles."""
+    return max(n for n in range(1, min(tiles, most) + 1) if -(-tiles // -(-tiles // n)) == n)
+
+
+def is_whole(buffer: CardBuffer) -> bool:
+    """Whether every core of a layer has all columns: of what it is sent, and of what has no units."""
+    return "^" in buffer.role or buffer.columns == BATCH
+
+
+def tile_bytes(buffer: CardBuffer) -> int:
+    return TILE * TILE * BYTES[buffer.format]
+
+
+@dataclass
+class Move:
+    """Rows of bytes that a core sends when a task is done. core: where to, the sender itself included.
+
+    rows: how many; bytes: of each; source_step, target_step: from one to the next.
+    """
+
+    core: int
+    source: Ref
+    target: Ref
+    rows: int
+    bytes: int
+    source_step: int
+    target_step: int
+    reads: Region
+    writes: Region
+
+
+@dataclass
+class Task:
+    """What a core does without waiting in between. words: of its instruction, without the header.
+
+    products: of tiles.    links: of its elementwise work, for one tile; tiles: how many.
+    """
+
+    core: int
+    code: str
+    words: list[Word]
+    reads: set[Region] = field(default_factory=set)
+    writes: set[Region] = field(default_factory=set)
+    moves: list[Move] = field(default_factory=list)
+    name: str = ""
+    products: int = 0
+    links: tuple[str, ...] = ()
+    tiles: int = 0
+
+
+def number_bits(value: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+@dataclass
+class _Joined:
+    """Elementwise operations of one node, done in one go. target: a buffer with the shape of its tiles.
+
+    read, written: by other operations since the first of these, so that no later one may come before them.
+    before: what must be done on a core first.
+    """
+
+    node: int
+    target: CardBuffer
+    operations: list[Instruction] = field(default_factory=list)
+    chain: Chain = field(default_factory=Chain)
+    before: list[CardBuffer] = field(default_factory=list)
+    read: set[Slot] = field(default_factory=set)
+    written: set[Slot] = field(default_factory=set)
+
+
+TRANSPOSED_COPY = "transposed@"
+"""How tensors begin that hold weights transposed, for the products of TT-NN."""
+
+HOST_READS = ("activity", "error", "initial", "anchor", "bias_gradient", "weight_gradient")
+"""Roles of activities and gradients that the host reads or writes."""
+
+
+class Tasks:
+    """The tasks of a program whose buffers all lie on single cores.
+
+    sections: the tasks of each code, in the order given.    numbers: what the kernel is told at launch.
+    buffers: what the tasks use and the host reads or writes: the program's, without those that only TT-NN
+        needs, and those for sending and receiving.
+    """
+
+    def __init__(
+        self, program: Program, codes: Iterable[Sequence[Instruction]], cores: Cores, rows: int
+    ) -> None:
+        self.cores = cores
+        self.rows = rows
+        self.program = program
+        self.numbers: list[CardBuffer] = []
+        self._all: dict[str, CardBuffer] = {}
+        codes = [list(map(_without_copies, singles(code))) for code in codes]
+        self._fed: set[str] = {  # what products leave for the layer below
+            i.out[0].buffer for code in codes for i in code if i.op == "matmul" and "^" in i.out[0].buffer
+        }
+        self._unread: set[str] = set()
+        joined = [self._join(code) for code in codes]
+        while (unread := self._never_read(joined)) - self._unread:  # frees registers, so more may be joined
+            self._unread |= unread
+            joined = [self._join(code) for code in codes]
+        self._used: set[str] = set()
+        self.sections = [self._section(pieces) for pieces in joined]
+        known = {**{name: self._original(name) for name in program.buffers}, **self._all}
+        self.buffers = {
+            name: buffer for name, buffer in known.items() if name in self._used or _is_for_host(buffer)
+        }
+
+    # --- which operations go together -----------------------------------------------------------------------
+
+    def _join(self, code: list[Instruction]) -> list[Instruction | _Joined]:
+        """The code with elementwise operations of a node collected where the order allows."""
+        pieces: list[Instruction | _Joined] = []
+        open_: list[_Joined] = []
+        for i in code:
+            if i.out[0].buffer.startswith(TRANSPOSED_COPY):
+                continue
+            taker = None
+            if i.op in ("binary", "addcmul", "unary", "fill"):
+                node = self._node(i)
+                taker = next((j for j in reversed(open_) if j.node == node and self._joins(j, i)), None)
+                if taker is None:
+                    taker = _Joined(node, self._target(i))
+                    self._append(taker, i)
+                    open_.append(taker)
+                    pieces.append(taker)
+            else:
+                pieces.append(i)
+            for other in open_:
+                if other is not taker:
+                    other.read.update(i.inputs)
+                    other.written.update(i.out)
+        return pieces
+
+    def _joins(self, joined: _Joined, i: Instruction) -> bool:
+        """Adds an operation to others whose results it reads, if it may come where they are and there are
+        registers for all.
+        """
+        target = self._target(i)
+        if self._tiles(target) != self._tiles(joined.target):
+            return False
+        if (target.rows == 1) != (joined.target.rows == 1):  # a row, which others read in all of their rows
+            return False
+        if not any(slot.buffer in joined.chain.current for slot in i.inputs):
+            return False
+        if joined.written & {*i.inputs, *i.out} or joined.read & set(i.out):
+            return False
+        before = joined.chain, list(joined.before)
+        joined.chain = joined.chain.copy()
+        self._append(joined, i)
+        if joined.chain.without(self._unread).links() is None:
+            joined.chain, joined.before = before
+            joined.operations.pop()
+            return False
+        return True
+
+    def _append(self, joined: _Joined, i: Instruction) -> None:
+        chain, target = joined.chain, self._target(i)
+        options = dict(i.options)
+        values = [self._load(joined, slot.buffer, target) for slot in i.inputs]
+        chains = [options.get(name, ()) for name in ("a_chain", "b_chain")]
+        if i.op == "unary":
+            chains = [options.get("chain", ()), ()]
+        values = [_functions(chain, value, links) for value, links in zip(values, chains, strict=False)]
+        if i.op == "fill":
+            # Only operands make the packer wait for the unpacker, and with it for what that waits for.
+            anything = chain.load(Ref(target.name), target.format == "bfloat16")
+            result = chain.add("FILL", anything, parameters=(number_bits(i.scale),))
+        elif i.op == "addcmul":
+            assert i.scalar is not None
+            number = chain.add("NUMBER", parameters=(self._number(i.scalar),))
+            result = chain.add("ADD_PRODUCT", *values, number)
+        elif i.op == "unary":
+            (result,) = values
+        elif len(values) == 2:
+            assert i.function is not None
+            result = chain.add(i.function.upper(), *values)
+        else:
+            assert i.scalar is not None and i.function is not None
+            kind = {"multiply": "SCALE", "add": "SHIFT"}[i.function]
+            result = chain.add(kind, *values, parameters=(self._number(i.scalar),))
+        result = _functions(chain, result, options.get("out_chain", ()))
+        chain.store(target.name, result, target.format == "bfloat16")
+        joined.operations.append(i)
+
+    def _load(self, joined: _Joined, name: str, target: CardBuffer) -> int:
+        """The value of an operand."""
+        buffer, chain = self._buffer(name), joined.chain
+        bfloat16 = buffer.format == "bfloat16"
+        value = chain.read(name, bfloat16)
+        if value is not None:
+            return value
+        if "^" in buffer.role:
+            landing = self._landing(buffer)
+            height, width = self._tiles(replace(landing, positions=1))
+            block = height * width * tile_bytes(landing)
+            value = chain.load(Ref(landing.name), bfloat16)
+            for sender in range(1, self._num_senders(buffer)):
+                other = chain.load(Ref(landing.name, sender * block), bfloat16)
+                value = chain.add("ADD", value, other)
+            if self._original(name).format == "bfloat16" and not bfloat16:
+                value = chain.add("ROUND", value)
+            return value
+        if buffer.rows == 1 and target.rows != 1:
+            spread = self._beside("spread", buffer, rows=TILE)
+            if buffer not in joined.before:
+                joined.before.append(buffer)
+            return chain.load(Ref(spread.name), bfloat16, self._tiles(buffer)[1])
+        return chain.load(Ref(name), bfloat16)
+
+    def _never_read(self, joined: list[list[Instruction | _Joined]]) -> set[str]:
+        """Tensors that chains write and nothing reads."""
+        read: set[str] = set()
+        for pieces in joined:
+            for piece in pieces:
+                if isinstance(piece, _Joined):
+                    read |= {ref.tensor for ref in piece.chain.loads} | {b.name for b in piece.before}
+                else:
+                    read |= {slot.buffer for slot in piece.inputs}
+        stored = {
+            name: self._all[name]
+            for pieces in joined
+            for piece in pieces
+            if isinstance(piece, _Joined)
+            for name in piece.chain.stores
+        }
+        return {
+            name
+            for name, buffer in stored.items()
+            if name not in read and not _is_for_host(buffer) and not name.startswith("sending ")
+        }
+
+    def _section(self, pieces: list[Instruction | _Joined]) -> list[Task]:
+        tasks: list[Task] = []
+        spread: set[Region] = set()  # rows that stand in all rows of their tiles already
+        for piece in pieces:
+            if isinstance(piece, _Joined):
+                tasks += self._elementwise(piece, spread)
+            else:
+                tasks += getattr(self, f"_{piece.op}")(piece)
+        for task in tasks:
+            self._used |= {name for name, _, _ in (*task.reads, *task.writes)}
+            self._used |= {move.writes[0] for move in task.moves}
+        return tasks
+
+    # --- tensors --------------------------------------------------------------------------------------------
+
+    def _original(self, name: str) -> CardBuffer:
+        buffer = self.program.buffers[name]
+        assert isinstance(buffer, CardBuffer), name
+        return buffer
+
+    def _buffer(self, name: str) -> CardBuffer:
+        """A tensor of the program. Partial sums that are still to be added up are not rounded before."""
+        buffer = self._original(name)
+        if name in self._fed and self._num_senders(buffer) > 1:
+            buffer = replace(buffer, format="float32")
+        return self._known(buffer)
+
+    def _known(self, buffer: CardBuffer) -> CardBuffer:
+        return self._all.setdefault(buffer.name, buffer)
+
+    def _num_senders(self, buffer: CardBuffer) -> int:
+        nodes = range(self.cores.node(buffer, 0), self.cores.node(buffer, buffer.count))
+        return max(self.cores.slices[node] for node in nodes)
+
+    def _beside(self, what: str, buffer: CardBuffer, **changes: Any) -> CardBuffer:
+        """A buffer with a slice for each node of `buffer`, one core below where that lies with the layer."""
+        assert buffer.first is not None
+        first = buffer.first - 1 if "^" in buffer.role else buffer.first
+        name = f"{what} {buffer.name.replace('^', '')}"
+        return self._known(replace(buffer, name=name, first=first, **changes))
+
+    def _landing(self, buffer: CardBuffer) -> CardBuffer:
+        return self._beside("landed", buffer, positions=self._num_senders(buffer))
+
+    def _target(self, i: Instruction) -> CardBuffer:
+        """Where an elementwise operation leaves its result: on its own core, also what is to be sent."""
+        out = self._buffer(i.out[0].buffer)
+        return self._beside("sending", out) if "^" in out.role else out
+
+    def _tiles(self, buffer: CardBuffer) -> tuple[int, int]:
+        return self.cores.tiles(buffer, self.rows)
+
+    def _number(self, name: str) -> int:
+        buffer = self._original(name)
+        if buffer not in self.numbers:
+            self.numbers.append(buffer)
+        return self.numbers.index(buffer)
+
+    # --- elementwise ----------------------------------------------------------------------------------------
+
+    def _elementwise(self, joined: _Joined, done: set[Region]) -> list[Task]:
+        chain = joined.chain.without(self._unread)
+        height, width = self._tiles(joined.target)
+        sent = {
+            self._target(i).name: self._buffer(i.out[0].buffer)
+            for i in joined.operations
+            if "^" in i.out[0].buffer
+        }
+        tasks: list[Task] = []
+        for core in self.cores.of(joined.node):
+            for row in joined.before:
+                tasks += self._spread_rows(row, core, done)
+            task = _of_chain(core, chain, height * width, "; ".join(map(str, joined.operations)))
+            for ref in chain.loads:
+                task.reads.add((ref.tensor, core, self._block(ref)))
+            task.writes = {(name, core, 0) for name in chain.stores}
+            for name, out in sent.items():
+                self._send_up(task, self._all[name], out, joined.node, core)
+            tasks.append(task)
+        return tasks
+
+    def _block(self, ref: Ref) -> int:
+        """Of which sender."""
+        if not ref.tensor.startswith("landed "):
+            return 0
+        landing = self._all[ref.tensor]
+        height, width = self._tiles(replace(landing, positions=1))
+        return ref.offset // (height * width * tile_bytes(landing))
+
+    def _spread_rows(self, buffer: CardBuffer, core: int, done: set[Region]) -> list[Task]:
+        """The first row of each tile in all of its rows: a tile is four faces of 16 x 16."""
+        spread = self._beside("spread", buffer, rows=TILE)
+        region = (spread.name, core, 0)
+        if region in done:
+            return []
+        done.add(region)
+        row, face = 16 * BYTES[buffer.format], 16 * 16 * BYTES[buffer.format]
+        task = Task(core, "NOTHING", [], reads={(buffer.name, core, 0)}, name=f"spread {buffer.name}")
+        for tile in range(self._tiles(buffer)[1]):
+            start = tile * tile_bytes(buffer)
+            for number in range(4):
+                source = Ref(buffer.name, start + number % 2 * face)
+                target = Ref(spread.name, start + number * face)
+                task.moves.append(Move(core, source, target, 16, row, 0, row, (buffer.name, core, 0), region))
+        return [task]
+
+    def _send_up(self, task: Task, staging: CardBuffer, out: CardBuffer, node: int, core: int) -> None:
+        """To every core of the layer above, beside the slices of the others."""
+        height, width = self._tiles(staging)
+        _, columns = self._tiles(out)
+        size, number = tile_bytes(out), core - self.cores.first[node]
+        across = min(width, columns - number * width) * size
+        for receiver in self.cores.of(node + 1):
+            target = Ref(out.name, number * width * size)
+            task.moves.append(
+                Move(
+                    receiver,
+                    Ref(staging.name),
+                    target,
+                    height,
+                    across,
+                    width * size,
+                    columns * size,
+                    (staging.name, core, 0),
+                    (out.name, receiver, number),
+                )
+            )
+
+    def _node(self, i: Instruction) -> int:
+        """The node on whose cores an elementwise operation works: that of what does not travel."""
+        found = {
+            self.cores.node(buffer, slot.start)
+            for slot in (*i.out, *i.inputs)
+            if "^" not in (buffer := self._buffer(slot.buffer)).role
+        }
+        assert len(found) == 1, i
+        return found.pop()
+
+    def _row_sums(self, i: Instruction) -> list[Task]:
+        source, out = self._buffer(i.inputs[0].buffer), self._buffer(i.out[0].buffer)
+        height, width = self._tiles(source)
+        low, row = source.format == "bfloat16", width * tile_bytes(source)
+        chain = Chain()
+        total = chain.load(Ref(source.name), low)
+        for number in range(1, height):
+            total = chain.add("ADD", total, chain.load(Ref(source.name, number * row), low))
+        chain.store(out.name, chain.add("SUM_ROWS", total), False)
+        cores = self.cores.of(self.cores.node(out, i.out[0].start))
+        tasks = [_of_chain(core, chain, width, str(i)) for core in cores]
+        for task in tasks:
+            task.reads.add((source.name, task.core, 0))
+            task.writes.add((out.name, task.core, 0))
+        return tasks
+
+    # --- the matrix unit ------------------------------------------------------------------------------------
+
+    def _matmul(self, i: Instruction) -> list[Task]:
+        a, b = (self._buffer(slot.buffer) for slot in i.inputs)
+        transposed = i.function == "transposed"
+        out = self._buffer(i.out[0].buffer)
+        node = self.cores.node(out, i.out[0].start)
+        rows, inner = self._tiles(a)
+        _, width = self._tiles(b)
+        _, columns = self._tiles(out)
+        steps = 1 | width << 16 if transposed else width | 1 << 16
+        flags = (
+            (IN0 if a.format == "bfloat16" else 0)
+            | (IN1 if b.format == "bfloat16" else 0)
+            | (OUT if out.format == "bfloat16" else 0)
+            | (TRANSPOSED if transposed else 0)
+        )
+        tasks: list[Task] = []
+        for core in self.cores.of(node):
+            words = [Ref(out.name), Ref(a.name), Ref(b.name), rows | inner << 8 | columns << 16, steps, flags]
+            task = Task(core, "PRODUCT", words, name=str(i), products=rows * inner * columns)
+            task.reads |= self._parts(a, node, core) | {(b.name, core, 0)}
+            task.writes.add((out.name, core, 0))
+            if out.name in self._fed:
+                self._send_down(task, out, node, core)
+            tasks.append(task)
+        return tasks
+
+    def _parts(self, buffer: CardBuffer, node: int, core: int) -> set[Region]:
+        """What a product reads of a buffer: the blocks of all senders where it was sent."""
+        senders = self.cores.slices[node - 1] if "^" in buffer.role else 1
+        return {(buffer.name, core, sender) for sender in range(senders)}
+
+    def _send_down(self, task: Task, out: CardBuffer, node: int, core: int) -> None:
+        """To each core below the columns of its units."""
+        landing = self._landing(out)
+        height, width = self._tiles(replace(landing, positions=1))
+        _, columns = self._tiles(out)
+        size, number = tile_bytes(out), core - self.cores.first[node]
+        for part, receiver in enumerate(self.cores.of(node - 1)):
+            task.moves.append(
+                Move(
+                    receiver,
+                    Ref(out.name, part * width * size),
+                    Ref(landing.name, number * height * width * size),
+                    height,
+                    min(width, columns - part * width) * size,
+                    columns * size,
+                    width * size,
+                    (out.name, core, 0),
+                    (landing.name, receiver, number),
+                )
+            )
+
+    def _transpose(self, i: Instruction) -> list[Task]:
+        source, out = self._buffer(i.inputs[0].buffer), self._buffer(i.out[0].buffer)
+        assert source.format == out.format and "^" in out.role, i
+        node = self.cores.node(source, i.inputs[0].start)
+        height, width = self._tiles(source)
+        total, _ = self._tiles(out)
+        staging = self._beside("sending", out, rows=width * TILE)
+        size = tile_bytes(out)
+        flag = 1 if out.format == "bfloat16" else 0
+        tasks: list[Task] = []
+        for number, core in enumerate(self.cores.of(node)):
+            words = [Ref(staging.name), Ref(source.name), height | width << 8, flag]
+            task = Task(core, "TRANSPOSE", words, {(source.name, core, 0)}, {(staging.name, core, 0)})
+            task.name = str(i)
+            bytes_ = min(width, total - number * width) * height * size
+            for receiver in self.cores.of(node + 1):
+                target = Ref(out.name, number * width * height * size)
+                task.moves.append(
+                    Move(
+                        receiver,
+                        Ref(staging.name),
+                        target,
+                        1,
+                        bytes_,
+                        0,
+                        0,
+                        (staging.name, core, 0),
+                        (out.name, receiver, number),
+                    )
+                )
+            tasks.append(task)
+        return tasks
+
+
+def _without_copies(i: Instruction) -> Instruction:
+    """With the weights in the place of their transposed copy, which the kernel does without."""
+    if i.op != "matmul" or not i.inputs[1].buffer.startswith(TRANSPOSED_COPY):
+        return i
+    a, b = i.inputs
+    weights = replace(b, buffer=b.buffer.replace(TRANSPOSED_COPY, "operand@"))
+    return replace(i, inputs=(a, weights), function="transposed")
+
+
+def _of_chain(core: int, chain: Chain, tiles: int, name: str) -> Task:
+    links = chain.links()
+    assert links is not None, name
+    words: list[Word] = [tiles, *(word for _, link_words in links for word in link_words), link("STOP")]
+    return Task(core, "ELEMENTWISE", words, name=name, links=tuple(kind for kind, _ in links), tiles=tiles)
+
+
+def _functions(chain: Chain, value: int, functions: Functions) -> int:
+    for name, *parameters in functions:
+        kind = f"{name}_constant" if name in ("add", "multiply") else str(name)
+        value = chain.add(kind.upper(), value, parameters=tuple(map(number_bits, parameters)))
+    return value
+
+
+def _is_for_host(buffer: CardBuffer) -> bool:
+    """Whether callers read or write a tensor: weights, their gradients and learning state, energies, and the
+    activities and errors of nodes.
+    """
+    home = buffer.name.partition("@")[2]
+    own = not buffer.name.startswith(("sending ", "landed ", "spread ", TRANSPOSED_COPY))
+    return (
+        own and "^" not in buffer.role and (buffer.role in HOST_READS or home.startswith(("sums", "layers")))
+    )
