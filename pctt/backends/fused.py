@@ -73,7 +73,7 @@ class Fused(Card):
             for x in range(self.grid[0])
         ]
         self._tables: dict[tuple[tuple[str, int], ...], Any] = {}
-        self._mailbox: Any = None
+        self._own: tuple[Any, Any] | None = None  # mailbox and working memory
 
     # --- compiling ------------------------------------------------------------------------------------------
 
@@ -95,8 +95,13 @@ class Fused(Card):
         self.numbers = [{i.scalar for i in code} for code in self.codes]
         widths = [padded(width, TILE) // TILE for width in net.widths]
         asked = self.cores_per_layer
+        tried: set[Cores] = set()
         for most in (asked,) if asked is not None else range(1, max(widths) + 1):
-            self.cores = Cores(tuple(evenly(width, most) for width in widths))
+            cores = Cores(tuple(evenly(width, most) for width in widths))
+            if cores in tried or (tried and cores.total > self.grid[0] * self.grid[1]):
+                continue
+            tried.add(cores)
+            self.cores = cores
             self._require_cores()
             self._plan()
             if self.bytes_per_core() <= self.chip.l1_bytes:
@@ -112,8 +117,19 @@ class Fused(Card):
         assert len(self.tasks.numbers) <= MOST_NUMBERS, self.tasks.numbers
         self.schedules, self.counters = schedules(self.tasks.sections, self.cores.total)
         self.streams = [schedule.streams() for schedule in self.schedules]
+        self.offsets: list[dict[str, int]] = []  # into the working memory of each core
+        self.working_bytes = 0
+        for core in range(self.cores.total):
+            offsets: dict[str, int] = {}
+            total = 0
+            for name, buffer in self.tasks.working.items():
+                if core in self.cores.held_by(buffer):
+                    offsets[name] = total
+                    total += self.cores.bytes(buffer, self.planned_rows)
+            self.offsets.append(offsets)
+            self.working_bytes = max(self.working_bytes, total)
         self._tables.clear()
-        self._mailbox = None
+        self._own = None
 
     def rows(self, batch_size: int) -> int:
         if batch_size > self.planned_rows:
@@ -130,12 +146,13 @@ class Fused(Card):
     # --- limits ---------------------------------------------------------------------------------------------
 
     def bytes_per_core(self) -> int:
-        """L1 that tensors, instructions, counters and circular buffers take on each core; allocation is
-        lock-step, so it is the same on all.
+        """L1 that tensors, working memory, instructions, counters and circular buffers take on each core.
+        Allocation is lock-step: each tensor counts on all cores, of the working memory the largest.
         """
         tensors = sum(self.cores.bytes(buffer, self.planned_rows) for buffer in self.tasks.buffers.values())
         words = self._longest(range(len(self.streams))) + self._longest(self._sections_of_weights())
-        return tensors + 4 * words + self.counters.most * COUNTER_BYTES + CIRCULAR_BUFFER_BYTES
+        counters = self.counters.most * COUNTER_BYTES
+        return tensors + self.working_bytes + 4 * words + counters + CIRCULAR_BUFFER_BYTES
 
     def _longest(self, sections: Iterable[int]) -> int:
         """Words of the table of the core with the most instructions."""
@@ -162,7 +179,8 @@ class Fused(Card):
         taken, available = self.bytes_per_core(), self.chip.l1_bytes
         if taken <= available:
             return
-        sizes = {b.name: self.cores.bytes(b, self.planned_rows) for b in self.tasks.buffers.values()}
+        buffers = {**self.tasks.buffers, **self.tasks.working}.values()
+        sizes = {buffer.name: self.cores.bytes(buffer, self.planned_rows) for buffer in buffers}
         largest = max(sizes, key=lambda name: sizes[name])
         raise ValueError(
             f"the network does not fit the fused kernel on the {self.chip.name}: {taken:,} bytes of L1 on "
@@ -256,6 +274,11 @@ class Fused(Card):
         running = [part.section for part in parts if part.section is not None]
         if not running:
             return
+        if self._own is None:
+            words = self.counters.most * COUNTER_BYTES // 4, self.working_bytes // 4
+            self._own = tuple(self._upload([[0] * number] * self.cores.total) for number in words)
+            running = [self.codes[self._lowered.refresh], *running]  # copies of the weights lie there
+        mailbox, working = self._own
         segments = [(section, len(list(run))) for section, run in groupby(running)]
         if len(segments) > MOST_SEGMENTS:
             raise ValueError(
@@ -268,46 +291,48 @@ class Fused(Card):
         for index, buffer in enumerate(self.tasks.numbers):
             if buffer.name in used:
                 numbers[index] = number_bits(scalar_value(widest.scalars, buffer))
-        table = self._table(widest)
-        arguments = [table.buffer_address(), self._mailbox.buffer_address(), len(segments), *numbers]
+        table = self._table(widest, working.buffer_address())
+        arguments = [table.buffer_address(), mailbox.buffer_address(), len(segments), *numbers]
         arguments += [number for segment in segments for number in segment]
         self.launches += 1
-        self.ttnn.generic_op([table, self._mailbox], self._descriptor(arguments))
+        self.ttnn.generic_op([table, mailbox], self._descriptor(arguments))
 
     def work(self) -> list[tuple[int, int, int]]:
         """What the compute kernel of each core counted with COUNT_WORK in `defines`: products of tiles, links
         and instructions since the first launch.
         """
-        words = self.ttnn.to_torch(self._mailbox)[0, :, 0, :3].tolist()
+        assert self._own is not None, "nothing was launched yet"
+        words = self.ttnn.to_torch(self._own[0])[0, :, 0, :3].tolist()
         return [(products, links, instructions) for products, links, instructions in words]
 
-    def _table(self, part: Part) -> Any:
+    def _table(self, part: Part, working: int) -> Any:
         """The instructions of every core, in its L1, on the buffers of `part`: of all sections that these
         are enough for.
         """
-        if self._mailbox is None:
-            words = self.counters.most * COUNTER_BYTES // 4
-            self._mailbox = self._upload([[0] * words] * self.cores.total)
         if part.addresses not in self._tables:
             addresses = dict(part.addresses)
             whole = self._buffers.keys() <= addresses.keys()
             sections = range(len(self.streams)) if whole else self._sections_of_weights()
-            tables = [self._words(core, sections, addresses) for core in range(self.cores.total)]
+            everywhere = [
+                addresses | {name: working + offset for name, offset in offsets.items()}
+                for offsets in self.offsets
+            ]
+            tables = [self._words(core, sections, everywhere) for core in range(self.cores.total)]
             self._tables[part.addresses] = self._upload(tables)
         return self._tables[part.addresses]
 
-    def _words(self, core: int, sections: Iterable[int], addresses: Mapping[str, int]) -> list[int]:
+    def _words(self, core: int, sections: Iterable[int], addresses: list[dict[str, int]]) -> list[int]:
         table = [0] * (3 * len(self.streams))
         for section in sections:
             stream = self.streams[section][core]
             for processor, words in enumerate((stream.compute, stream.reader, stream.writer)):
                 table[3 * section + processor] = len(table)
-                table += [self._word(word, addresses) for word in words]
+                table += [self._word(word, core, addresses) for word in words]
         return table
 
-    def _word(self, word: Word | Remote, addresses: Mapping[str, int]) -> int:
+    def _word(self, word: Word | Remote, core: int, addresses: list[dict[str, int]]) -> int:
         if isinstance(word, Ref):
-            return addresses[word.tensor] + word.offset
+            return addresses[core if word.core is None else word.core][word.tensor] + word.offset
         if isinstance(word, Remote):
             return self._places[word.core].x | self._places[word.core].y << 8
         return word

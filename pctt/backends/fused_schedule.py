@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pctt.backends.fused_stream import MOVEMENT, Word, header
 from pctt.backends.fused_tasks import Move, Region, Task
@@ -316,4 +316,5 @@ def _move_words(move: Move) -> list[Word | Remote]:
     row, source_step, target_step = (size // 16 for size in sizes)
     assert row < 1 << 16 and source_step < 1 << 16 and move.rows < 256, move
     code = MOVEMENT["MOVE"] | move.rows << 8
-    return [code, Remote(move.core), move.source, move.target, row | source_step << 16, target_step]
+    target = replace(move.target, core=move.core)
+    return [code, Remote(move.core), move.source, target, row | source_step << 16, target_step]

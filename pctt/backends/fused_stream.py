@@ -6,10 +6,24 @@ Their numbers stand in the header that the kernels include, and are read from th
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "training_step"
+
+def _kernels() -> Path:
+    """The sources of the kernels: beside the package in a checkout, under the prefix of an installation."""
+    homes = Path(__file__).resolve().parents[2], Path(sys.prefix) / "share" / "pctt"
+    for home in homes:
+        if (home / "kernels" / "training_step" / "stream.h").is_file():
+            return home / "kernels" / "training_step"
+    raise ImportError(
+        f"the sources of pctt's kernels are in neither {homes[0] / 'kernels'} nor {homes[1] / 'kernels'}; "
+        "install pctt again."
+    )
+
+
+KERNELS = _kernels()
 
 
 def _enumerations(header: str) -> dict[str, dict[str, int]]:
@@ -44,10 +58,11 @@ COUNTER_BYTES = int(re.findall(r"COUNTER_BYTES = (\d+)", _HEADER)[0])
 
 @dataclass(frozen=True)
 class Ref:
-    """An address in L1, the same on every core: `offset` bytes into a tensor."""
+    """An address in L1: `offset` bytes into a tensor, on the core that uses it or on another."""
 
     tensor: str
     offset: int = 0
+    core: int | None = None
 
 
 Word = int | Ref

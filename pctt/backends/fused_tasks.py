@@ -152,16 +152,15 @@ class _Joined:
 TRANSPOSED_COPY = "transposed@"
 """How tensors begin that hold weights transposed, for the products of TT-NN."""
 
-HOST_READS = ("activity", "error", "initial", "anchor", "bias_gradient", "weight_gradient")
-"""Roles of activities and gradients that the host reads or writes."""
+HOST_ROLES = ("activity", "error", "initial", "anchor", "movable", "precision")
+"""Of what the host reads or writes, beside weights, what learning keeps of them, and energies."""
 
 
 class Tasks:
     """The tasks of a program whose buffers all lie on single cores.
 
     sections: the tasks of each code, in the order given.    numbers: what the kernel is told at launch.
-    buffers: what the tasks use and the host reads or writes: the program's, without those that only TT-NN
-        needs, and those for sending and receiving.
+    buffers: what the host reads or writes.    working: what is used by tasks alone, zeros at first.
     """
 
     def __init__(
@@ -183,9 +182,12 @@ class Tasks:
             joined = [self._join(code) for code in codes]
         self._used: set[str] = set()
         self.sections = [self._section(pieces) for pieces in joined]
-        known = {**{name: self._original(name) for name in program.buffers}, **self._all}
-        self.buffers = {
-            name: buffer for name, buffer in known.items() if name in self._used or _is_for_host(buffer)
+        originals = [self._original(name) for name in program.buffers]
+        self.buffers = {buffer.name: buffer for buffer in originals if _is_for_host(buffer)}
+        self.working = {
+            name: buffer
+            for name, buffer in self._all.items()
+            if name in self._used and name not in self.buffers
         }
 
     # --- which operations go together -----------------------------------------------------------------------
@@ -578,11 +580,11 @@ def _functions(chain: Chain, value: int, functions: Functions) -> int:
 
 
 def _is_for_host(buffer: CardBuffer) -> bool:
-    """Whether callers read or write a tensor: weights, their gradients and learning state, energies, and the
-    activities and errors of nodes.
-    """
+    """Whether the host reads or writes a tensor of a program."""
+    if buffer.scalar is not None or "^" in buffer.role:
+        return False
+    if buffer.content != "zeros" or buffer.role in HOST_ROLES:
+        return True
     home = buffer.name.partition("@")[2]
-    own = not buffer.name.startswith(("sending ", "landed ", "spread ", TRANSPOSED_COPY))
-    return (
-        own and "^" not in buffer.role and (buffer.role in HOST_READS or home.startswith(("sums", "layers")))
-    )
+    copies = ("operand", "transposed", "changed")
+    return home.startswith("sums") or (home.startswith("layers") and buffer.role not in copies)
