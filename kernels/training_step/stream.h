@@ -1,5 +1,5 @@
 // What the three kernels of a core and the host that writes their instructions agree on.
-// pctt/backends/fused_code.py writes what is read here; the two must change together.
+// pctt/backends/fused_stream.py reads the numbers from here.
 #pragma once
 
 #include <cstdint>
@@ -53,19 +53,19 @@ enum ProductFlag : uint32_t { IN0_BFLOAT16 = 1, IN1_BFLOAT16 = 2, OUT_BFLOAT16 =
 enum Link : uint32_t {
     STOP = 0,
     LOAD = 1,    // address; flags: 1 bfloat16 | tiles after which to begin again << 1, 0 for never
-    KEEP = 3,    // the registers are as they will be stored
-    STORE = 4,   // address; flags: 1 bfloat16
-    ADD = 5,     // of the registers; flags: register of the result
-    SUBTRACT = 6,
-    MULTIPLY = 7,
-    ADD_PRODUCT = 8, // register + second register * third; flags: third register | register of the result << 4
-    COPY = 9,    // to the second register
-    ROUND = 10,  // to bfloat16, to nearest
-    SUM_ROWS = 11, // to the first row
-    FILL = 12,   // bits of a float
-    NUMBER = 13, // fill with the number of that index
-    SCALE = 14,  // times the number of that index
-    SHIFT = 15,  // plus the number of that index
+    KEEP = 2,    // the registers are as they will be stored
+    STORE = 3,   // address; flags: 1 bfloat16
+    ADD = 4,     // of the registers; flags: register of the result
+    SUBTRACT = 5,
+    MULTIPLY = 6,
+    ADD_PRODUCT = 7, // register + second register * third; flags: third register | register of the result << 4
+    COPY = 8,    // to the second register
+    ROUND = 9,  // to bfloat16, to nearest
+    SUM_ROWS = 10, // to the first row
+    FILL = 11,   // bits of a float
+    NUMBER = 12, // fill with the number of that index
+    SCALE = 13,  // times the number of that index
+    SHIFT = 14,  // plus the number of that index
     // functions; with a parameter, the bits of a float
     ADD_CONSTANT = 16,
     MULTIPLY_CONSTANT = 17,
