@@ -621,7 +621,7 @@ def _elsewhere(config: RunConfig, backend: str | None, device: str | None) -> Ru
     backend = backend or before.backend
     device = device or (before.device if backend == before.backend else None)
     try:
-        fused = before.fused and backend == "tenstorrent"
+        fused = before.fused and backend != "reference"
         cores = before.cores_per_layer if fused else None
         training = replace(before, backend=backend, device=device, fused=fused, cores_per_layer=cores)
         precision = None if backend == "reference" else config.precision

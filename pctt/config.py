@@ -109,10 +109,8 @@ class TrainingConfig:
             _check_device(self.backend, self.device)
         if self.checkpoint_every is not None:
             require_count("checkpoint_every", self.checkpoint_every, least=1)
-        if self.fused and self.backend != "tenstorrent":
-            raise ValueError(
-                f"fused is a way of running on a card; set backend to tenstorrent, not {self.backend}."
-            )
+        if self.fused and self.backend == "reference":
+            raise ValueError("fused is a way of running on a card; set backend to tenstorrent or emulated.")
         if self.cores_per_layer is not None:
             require_count("cores_per_layer", self.cores_per_layer, least=1)
             if not self.fused:

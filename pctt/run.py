@@ -163,6 +163,7 @@ class Trainer:
             cores_per_layer=cores_per_layer,
         )
         self._stop_requested = False
+        self._spoilt = False  # whether the weights have moved by the batch that went wrong
         self._asking: Engine | None = None  # relaxes with the input alone clamped
 
     @property
@@ -354,6 +355,7 @@ class Trainer:
             self.engine.set_learning(rate, self.progress.step + 1)
             seed = _seed(self.seed, self.progress.step) if self.inference.is_random else 0
             whole = self._in_whole_steps and not record
+            self._spoilt = whole or self.inference.weights_at == "every_step"
             relaxation = self.engine.relax(batch, record, upcoming, seed, learn=whole)
             if relaxation.status.ok and not whole:
                 self.engine.learn(rate, self.progress.step + 1)
@@ -379,12 +381,9 @@ class Trainer:
         advice = f"lower inference.rate (now {self.inference.rate:g})" + (
             "" if relaxation.status is Status.DIVERGED else f" or learning.rate (now {self.learning.rate:g})"
         )
-        spoilt = self.algorithm == "pc" and (
-            self.inference.weights_at == "every_step" or self._in_whole_steps
-        )
         state = (
             "the weights have moved with it, so go back to the last checkpoint"
-            if spoilt
+            if self._spoilt
             else "the weights are those before this batch, and no checkpoint was written since"
         )
         message = (

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("pctt", "tests", "tools", "pyproject.toml", "README.md")
+COPIED = ("pctt", "kernels", "tests", "tools", "pyproject.toml", "README.md")
 TIMEOUT_S = 300
 
 EQUALITIES = "tests/unit/test_equalities.py"
@@ -66,6 +66,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "maps": ("tests/unit/test_maps.py",),
     "graphs": ("tests/unit/test_graph.py",),
     "any graph": ("tests/property/test_graphs.py",),
+    "fused": ("tests/unit/test_fused.py",),
+    "waits": ("tests/unit/test_fused_schedule.py",),
 }
 """Family: the test files that must notice its faults."""
 
@@ -92,6 +94,9 @@ GRAPH_LOWERING = "pctt/backends/graph_lowering.py"
 MAPS = "pctt/layers/maps.py"
 BLOCK = "pctt/layers/block.py"
 REFERENCE_MAPS = "pctt/backends/reference_maps.py"
+FUSED_TASKS = "pctt/backends/fused_tasks.py"
+FUSED_CHAIN = "pctt/backends/fused_chain.py"
+FUSED_SCHEDULE = "pctt/backends/fused_schedule.py"
 
 FAULTS = (
     Fault(
@@ -620,6 +625,83 @@ FAULTS = (
         "pctt/wiring.py",
         "ready = [name for name in left if placed.issuperset(entries[name][1])] or left[:1]",
         "ready = left[:1]",
+    ),
+    Fault(
+        "fused-feedback-of-the-first-core-only",
+        "fused",
+        FUSED_TASKS,
+        "for sender in range(1, self._num_senders(buffer)):",
+        "for sender in range(1, 1):",
+    ),
+    Fault(
+        "fused-feedback-by-the-new-weights",
+        "fused",
+        FUSED_TASKS,
+        'return replace(i, inputs=(a, weights), function="transposed")',
+        'return replace(i, inputs=(a, b), function="transposed")',
+    ),
+    Fault(
+        "fused-weights-untransposed",
+        "fused",
+        FUSED_TASKS,
+        "steps = 1 | width << 16 if transposed else width | 1 << 16",
+        "steps = width | 1 << 16",
+    ),
+    Fault(
+        "fused-slice-of-the-neighbour",
+        "fused",
+        FUSED_TASKS,
+        "Ref(out.name, part * width * size),",
+        "Ref(out.name),",
+    ),
+    Fault(
+        "fused-row-for-rows",
+        "fused",
+        FUSED_TASKS,
+        "if (target.rows == 1) != (joined.target.rows == 1):",
+        "if False:",
+    ),
+    Fault(
+        "fused-joined-past-a-read",
+        "fused",
+        FUSED_TASKS,
+        "or joined.read & set(i.out):",
+        ":",
+    ),
+    Fault(
+        "fused-value-not-rounded",
+        "fused",
+        FUSED_CHAIN,
+        'if self.values[value].kind != "ROUND":',
+        "if False:",
+    ),
+    Fault(
+        "fused-register-reused",
+        "fused",
+        FUSED_CHAIN,
+        "last = {value: len(self.values) for value, _ in self.stores.values()}",
+        "last = dict[int, int]()",
+    ),
+    Fault(
+        "fused-message-not-awaited",
+        "waits",
+        FUSED_SCHEDULE,
+        "entry.waits.append(message)",
+        "pass",
+    ),
+    Fault(
+        "fused-credit-not-asked",
+        "waits",
+        FUSED_SCHEDULE,
+        "if needed > 0 or place not in self.settled:",
+        "if needed > 0:",
+    ),
+    Fault(
+        "fused-own-result-not-awaited",
+        "waits",
+        FUSED_SCHEDULE,
+        "entry.done = max(entry.done, writer)",
+        "pass",
     ),
 )
 

@@ -29,6 +29,7 @@ using Words = volatile tt_l1_ptr uint32_t*;
 constexpr uint32_t FLOAT32 = static_cast<uint32_t>(DataFormat::Float32);
 constexpr uint32_t BFLOAT16 = static_cast<uint32_t>(DataFormat::Float16_b);
 constexpr uint32_t ONE = 0x3f800000;
+constexpr uint32_t NO_WINDOW = 0xff;
 constexpr uint32_t MOST_TILES = 4;  // of float32, in the half of the registers that one side works on
 
 // What has been done, for a check of the cost model.
@@ -42,6 +43,26 @@ struct Work {
 #define COUNT(what)
 #endif
 
+// What the unpackers and the packer are set up for, so that they are set up anew only where that changes.
+struct Standing {
+    uint32_t loaded = NO_WINDOW, stored = NO_WINDOW;
+};
+
+ALWI void set_up_load(uint32_t window, Standing& standing) {
+    if (standing.loaded != window) {
+        reconfig_data_format_srca(window);
+        copy_init(window);
+        standing.loaded = window;
+    }
+}
+
+ALWI void set_up_store(uint32_t window, Standing& standing) {
+    if (standing.stored != window) {
+        pack_reconfig_data_format(window);
+        standing.stored = window;
+    }
+}
+
 // The pointers of a window, in the units of 16 bytes that circular buffers count in.
 ALWI void read_from(uint32_t window, uint32_t address) {
     UNPACK((get_local_cb_interface(window).fifo_rd_ptr = address >> 4));
@@ -52,7 +73,7 @@ ALWI void write_to(uint32_t window, uint32_t address) {
 }
 
 
-ALWI void product(Words words, [[maybe_unused]] Work& work) {
+ALWI void product(Words words, Standing& standing, [[maybe_unused]] Work& work) {
     const uint32_t sizes = words[3], steps = words[4], flags = words[5];
     const uint32_t rows = sizes & 0xff, inner = (sizes >> 8) & 0xff, columns = (sizes >> 16) & 0xff;
     const uint32_t inner_step = steps & 0xffff, column_step = steps >> 16;
@@ -63,7 +84,8 @@ ALWI void product(Words words, [[maybe_unused]] Work& work) {
 
     reconfig_data_format<SrcOrder::Reverse>(in0, in1);
     matmul_init(in0, in1, transposed);
-    pack_reconfig_data_format(out);
+    standing.loaded = NO_WINDOW;
+    set_up_store(out, standing);
     read_from(in0, words[1]);
     read_from(in1, words[2]);
     write_to(out, words[0]);
@@ -89,14 +111,15 @@ ALWI void product(Words words, [[maybe_unused]] Work& work) {
     }
 }
 
-ALWI void transpose(Words words) {
+ALWI void transpose(Words words, Standing& standing) {
     const uint32_t rows = words[2] & 0xff, columns = words[2] >> 8;
     const uint32_t in = words[3] ? BFLOAT16_IN0 : FLOAT32_TO_DEST;
     const uint32_t out = words[3] ? BFLOAT16_OUT : FLOAT32_OUT;
 
     reconfig_data_format_srca(in);
     transpose_init(in);
-    pack_reconfig_data_format(out);
+    standing.loaded = NO_WINDOW;
+    set_up_store(out, standing);
     read_from(in, words[1]);
     write_to(out, words[0]);
     for (uint32_t row = 0; row < rows; ++row) {
@@ -274,7 +297,7 @@ ALWI uint32_t apply(uint32_t kind, uint32_t tile, Words parameters) {
 }
 
 // Returns the words that the instruction took.
-ALWI uint32_t elementwise(Words words, [[maybe_unused]] Work& work) {
+ALWI uint32_t elementwise(Words words, Standing& standing, [[maybe_unused]] Work& work) {
     const uint32_t tiles = words[0];
     uint32_t at = 1;
     for (uint32_t tile = 0; tile < tiles; ++tile) {
@@ -292,8 +315,7 @@ ALWI uint32_t elementwise(Words words, [[maybe_unused]] Work& work) {
                 case LOAD: {
                     const uint32_t in = flags & 1 ? BFLOAT16_IN0 : FLOAT32_TO_DEST;
                     const uint32_t period = flags >> 1;
-                    reconfig_data_format_srca(in);
-                    copy_init(in);
+                    set_up_load(in, standing);
                     read_from(in, words[at++]);
                     copy_tile(in, period > 0 ? tile % period : tile, first);
                     break;
@@ -304,7 +326,7 @@ ALWI uint32_t elementwise(Words words, [[maybe_unused]] Work& work) {
                     break;
                 case STORE: {
                     const uint32_t out = flags ? BFLOAT16_OUT : FLOAT32_OUT;
-                    pack_reconfig_data_format(out);
+                    set_up_store(out, standing);
                     write_to(out, words[at++]);
                     pack_tile<true>(first, out, tile);
                     break;
@@ -327,6 +349,7 @@ void kernel_main() {
     const uint32_t num_segments = get_common_arg_val<uint32_t>(NUM_SEGMENTS);
     auto words = reinterpret_cast<Words>(table);
     compute_kernel_hw_startup<SrcOrder::Reverse>(BFLOAT16_IN0, BFLOAT16_IN1, FLOAT32_OUT);
+    Standing standing;
     [[maybe_unused]] Work work;
 
     for (uint32_t segment = 0; segment < num_segments; ++segment) {
@@ -351,14 +374,14 @@ void kernel_main() {
                 switch (code) {
                     case NOTHING: break;
                     case PRODUCT:
-                        product(words + at, work);
+                        product(words + at, standing, work);
                         at += 6;
                         break;
                     case TRANSPOSE:
-                        transpose(words + at);
+                        transpose(words + at, standing);
                         at += 4;
                         break;
-                    default: at += elementwise(words + at, work);
+                    default: at += elementwise(words + at, standing, work);
                 }
                 COUNT(instructions);
                 cb_push_back(DONE, 1);

@@ -53,6 +53,12 @@ IN0, IN1, OUT, TRANSPOSED = (
 )
 BFLOAT16 = 1
 """The flag of a load or a store."""
+PARAMETERS = {
+    **dict.fromkeys(("LOAD", "STORE", "FILL", "NUMBER", "SCALE", "SHIFT"), 1),
+    **dict.fromkeys(("ADD_CONSTANT", "MULTIPLY_CONSTANT", "SUBTRACT_FROM", "LEAKY_RELU"), 1),
+    "CLAMP": 2,
+}
+"""Words that follow a link; none where it is not named."""
 COUNTER_BYTES = int(re.findall(r"COUNTER_BYTES = (\d+)", _HEADER)[0])
 
 

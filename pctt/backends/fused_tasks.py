@@ -227,6 +227,8 @@ class Tasks:
             return False
         if not any(slot.buffer in joined.chain.current for slot in i.inputs):
             return False
+        if any("^" in earlier.out[0].buffer for earlier in joined.operations):
+            return False  # others wait for what these send
         if joined.written & {*i.inputs, *i.out} or joined.read & set(i.out):
             return False
         before = joined.chain, list(joined.before)
@@ -322,6 +324,7 @@ class Tasks:
                 tasks += self._elementwise(piece, spread)
             else:
                 tasks += getattr(self, f"_{piece.op}")(piece)
+        tasks = _spread_first(tasks)
         for task in tasks:
             self._used |= {name for name, _, _ in (*task.reads, *task.writes)}
             self._used |= {move.writes[0] for move in task.moves}
@@ -554,6 +557,16 @@ class Tasks:
                 )
             tasks.append(task)
         return tasks
+
+
+def _spread_first(tasks: list[Task]) -> list[Task]:
+    """With rows spread before a sweep needs them, where nothing in the section writes them first."""
+    written, first, others = set[Region](), list[Task](), list[Task]()
+    for task in tasks:
+        waits_for_nothing = task.code == "NOTHING" and not task.reads & written
+        (first if waits_for_nothing else others).append(task)
+        written |= task.writes
+    return [*first, *others]
 
 
 def _without_copies(i: Instruction) -> Instruction:

@@ -163,10 +163,14 @@ def backend(
     """
     require_one_of("backend", name, BACKENDS)
     if fused:
-        if name != "tenstorrent":
+        if name == "reference":
             raise ValueError(
-                f"fused=True is a way of running on a card; use backend='tenstorrent', not {name!r}."
+                "fused=True is a way of running on a card; use backend='tenstorrent' or 'emulated'."
             )
+        if name == "emulated":
+            from pctt.backends.fused_emulated import FusedEmulation
+
+            return FusedEmulation(dtype, device, precision, cores_per_layer)
         from pctt.backends.fused import Fused
 
         return Fused(dtype, device, precision, cores_per_layer)
