@@ -356,13 +356,7 @@ class Tenstorrent(Card):
             size // TILE for size in (a.padded_shape[2], a.padded_shape[3], b.padded_shape[3])
         )
         if a.memory_config().is_sharded():
-            pairs = [
-                (h, w)
-                for h in range(1, 5)
-                for w in range(1, 5)
-                if h * w <= 4 and not (rows % h or columns % w) and (h == 1 or w == columns)
-            ]
-            height, width = max(pairs, key=lambda pair: pair[0] * pair[1])  # of 4 tiles of fp32 accumulator
+            height, width = subblock(rows, columns)
             return self.ttnn.MatmulMultiCoreReuseProgramConfig(
                 compute_with_storage_grid_size=self.grid,
                 in0_block_w=depth,
@@ -383,6 +377,22 @@ class Tenstorrent(Card):
             fused_activation=None,
             mcast_in0=sharing.by_columns,
         )
+
+
+MOST_FLOAT32_TILES = 4
+"""That the registers of the matrix unit hold at once, in the half that one side works on."""
+
+
+def subblock(rows: int, columns: int) -> tuple[int, int]:
+    """Tiles of a product's result that are computed at once: TT-NN takes whole rows or parts of one row."""
+    most = MOST_FLOAT32_TILES
+    pairs = [
+        (height, width)
+        for height in range(1, most + 1)
+        for width in range(1, most // height + 1)
+        if not (rows % height or columns % width) and (height == 1 or width == columns)
+    ]
+    return max(pairs, key=lambda pair: pair[0] * pair[1])
 
 
 @dataclass

@@ -88,6 +88,11 @@ class Inference:
         for one, other, why in CONTRADICTIONS:
             if _holds(self, one) and _holds(self, other):
                 raise ValueError(f"{_said(self, one)} and {_said(self, other)} contradict each other: {why}.")
+        if self.weights_at == "every_step" and self.num_steps == 0:
+            raise ValueError(
+                "weights_at='every_step' moves weights with each inference step, and num_steps=0 has none; "
+                "take at least one, or weights_at='end'."
+            )
         if self.burn_in and self.burn_in >= self.num_steps:
             raise ValueError(
                 f"burn_in={self.burn_in} leaves no sample of num_steps={self.num_steps}; lower one or raise "

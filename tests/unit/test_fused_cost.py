@@ -13,19 +13,8 @@ import pytest
 import pctt
 from pctt.placement.chips import chip
 from pctt.placement.cost import SFPU_INSTRUCTIONS
-from pctt.placement.fused_cost import (
-    Action,
-    FusedPlacement,
-    Noc,
-    Overheads,
-    Rates,
-    Step,
-    Walk,
-    Words,
-    Work,
-    backprop_sweeps,
-    fused_placement,
-)
+from pctt.placement.fused_cost import FusedPlacement, Rates, backprop_sweeps, fused_placement
+from pctt.placement.fused_walk import Action, Noc, Overheads, Step, Walk, Words, Work
 
 N150 = chip("n150")
 STEPS = 6

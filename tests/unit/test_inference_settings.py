@@ -63,6 +63,7 @@ NET = NETWORKS["two groups"]
         ({"dynamics": "heun", "step_tolerance": 0.0}, "step_tolerance must be a finite number above 0"),
         ({"dynamics": "langevin", "temperature": -1.0}, "temperature must be a finite number above 0"),
         ({"dynamics": "langevin", "burn_in": -1}, "burn_in must be a whole number of at least 0, got -1"),
+        ({"weights_at": "every_step", "num_steps": 0}, "num_steps=0 has none; take at least one"),
         (
             {"dynamics": "langevin", "burn_in": 20, "num_steps": 20},
             "burn_in=20 leaves no sample of num_steps=20; lower one or raise the other",
