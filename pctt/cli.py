@@ -31,6 +31,8 @@ from pctt.initialisers import init
 from pctt.network import Network
 from pctt.placement.chips import CHIPS
 from pctt.placement.draw import SUFFIXES, save_picture
+from pctt.placement.fused_cost import fused_placement
+from pctt.placement.fused_report import FusedReport
 from pctt.placement.plan import plan as make_plan
 from pctt.presets import PRESETS
 from pctt.report import CURVES, Asking, Reporter, described, draw, print_json, say_error
@@ -513,6 +515,7 @@ def plan(
     batch_size: int | None = None,
     set: tuple[str, ...] = (),
     picture: Path | None = None,
+    fused: bool = False,
     json: bool = False,
 ) -> int:
     """Where the layers of a network go on a chip, whether they fit, and the times predicted for it.
@@ -523,6 +526,7 @@ def plan(
         batch_size: Samples per learning step.
         set: Any other setting, e.g. --set inference.num_steps=10 (values as in TOML).
         picture: An .svg or .png to draw the plan into.
+        fused: As one program of our own would run it, not as operations of TT-NN.
         json: Print one JSON object instead of text.
     """
     config = _override(_configuration(what), {"training.batch_size": batch_size, **_assignments(set)})
@@ -530,14 +534,13 @@ def plan(
         raise UsageError(f"chip must be one of {', '.join(CHIPS)}, got {chip!r}.")
     if picture is not None and picture.suffix.lower() not in SUFFIXES:
         raise UsageError(f"a picture's name must end in .svg or .png, got {picture.name!r}; rename it.")
-    planned = make_plan(
-        config.network(SHAPES.get(config.data.name) or _load_data(config).shape),
-        chip,
-        config.training.batch_size,
-        config.inference,
-        config.learning,
-        config.precision,
-    )
+    net = config.network(SHAPES.get(config.data.name) or _load_data(config).shape)
+    size, rules = config.training.batch_size, (config.inference, config.learning, config.precision)
+    if fused:
+        placement = fused_placement(net, chip, config.training.cores_per_layer, size, *rules)
+        planned = FusedReport(net, placement, placement.cost(), size, config.inference.num_steps)
+    else:
+        planned = make_plan(net, chip, size, *rules)
     if picture is not None:
         save_picture(planned.floor_plan(), picture)
     if json:

@@ -16,11 +16,13 @@ import gc
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
 import pctt
+from pctt.backends.fused_stream import LINK, PARAMETERS, Word
+from pctt.backends.fused_tasks import Task
 from pctt.learning import Learning
 from pctt.network import Network
 from pctt.placement.chips import chip as find_chip
@@ -31,14 +33,11 @@ from pctt.placement.fused_cost import (
     STEADY,
     FusedCost,
     FusedPlacement,
-    Noc,
-    Overheads,
     Rates,
-    Walk,
-    Words,
     backprop_sweeps,
     fused_placement,
 )
+from pctt.placement.fused_walk import Noc, Overheads, Walk, Words, links, number_of
 from pctt.placement.plan import plan
 from pctt.plots import COLOURS, GREY
 
@@ -340,23 +339,53 @@ def without_spreading(found: FusedPlacement) -> tuple[float, float]:
     return before / found.chip.clock_hz, found.chip.eager_launch_seconds + ends[-1] / found.chip.clock_hz
 
 
-def with_copies(found: FusedPlacement) -> float:
-    """Seconds of an inference step in which the cores below a layer hold the weights that they need: no
-    partial sums are added up, and what comes down is sent in bfloat16.
-    """
-    section = found.walk[-1]
-    changed = list(found.sections)
-    changed[section] = tuple(_with_copies(found, section, core) for core in range(found.cores.total))
-    ends = Walk(changed, found.noc, found.overheads).run([section] * STEADY).ends
+def assumptions() -> str:
+    rows: list[Sequence[object]] = []
+    for name, widths in NETWORKS.items():
+        most = most_cores(widths, "n150", "Adam")
+        row: list[object] = [name, most]
+        for factor in (0.5, 1.0, 2.0):
+            found = planned(widths, "n150", most, "Adam", factor)
+            assert found is not None
+            cost = found.cost()
+            row += [us(cost.step), us(cost.training)]
+        found, plain = (planned(widths, "n150", most, "Adam", 1.0, act) for act in ("tanh", "relu"))
+        assert found is not None and plain is not None
+        cost = plain.cost()
+        rows.append([*row, us(cost.step), us(cost.training), us(without_spreading(found)[1])])
+    head = ["network, n150", "cores per layer"]
+    for factor in ("half", "as assumed", "twice"):
+        head += [f"{factor}: step", "training"]
+    head += ["relu: step", "training", "no spreading of biases: training"]
+    return table(head, rows)
+
+
+# --- (g) what would make it faster --------------------------------------------------------------------------
+
+
+def changed(found: FusedPlacement, change: Callable[[FusedPlacement, int], Words]) -> float:
+    """Seconds of an inference step of which each core does something else."""
+    section, sections = found.walk[-1], list(found.sections)
+    sections[section] = tuple(change(found, core) for core in range(found.cores.total))
+    ends = Walk(sections, found.noc, found.overheads).run([section] * STEADY).ends
     return (ends[-1] - ends[STEADY // 2 - 1]) / (STEADY - STEADY // 2) / found.chip.clock_hz
 
 
-def _with_copies(found: FusedPlacement, section: int, core: int) -> Words:
-    words = found.sections[section][core]
-    tasks = [task for task in found.tasks.sections[section] if task.core == core]
+def _of_a_step(found: FusedPlacement, core: int) -> tuple[Words, list[Task]]:
+    """What a core reads in an inference step, and the tasks that its instructions but the last stand for."""
+    words = found.sections[found.walk[-1]][core]
+    tasks = [task for task in found.tasks.sections[found.walk[-1]] if task.core == core]
+    assert [step.code for step in words.compute] == [*(task.code for task in tasks), "END"]
+    return words, tasks
+
+
+def with_copies(found: FusedPlacement, core: int) -> Words:
+    """The cores below a layer hold the weights that they need: no partial sums are added up, and what comes
+    down is sent in bfloat16.
+    """
+    words, tasks = _of_a_step(found, core)
     steps, below = list(words.compute), set[int]()
-    begin = len(steps) - 1 - len(tasks)
-    for number, task in enumerate(tasks, start=begin):
+    for number, task in enumerate(tasks):
         senders = sum(name.startswith("landed ") for name, _, _ in task.reads)
         if task.code == "ELEMENTWISE" and senders > 1:
             sums = found.rates.of_chain(("LOAD", "ADD") * (senders - 1), task.tiles)
@@ -381,26 +410,67 @@ def _node(found: FusedPlacement, core: int) -> int:
     return next(node for node in range(len(found.cores.slices)) if core in found.cores.of(node))
 
 
-def assumptions() -> str:
+def in_pairs(found: FusedPlacement, core: int, most: int = 2) -> Words:
+    """Each link does two tiles at a time, in chains that use up to `most` registers of four."""
+    words, tasks = _of_a_step(found, core)
+    steps = list(words.compute)
+    for number, task in enumerate(tasks):
+        if task.code == "ELEMENTWISE" and registers(task.words) <= most:
+            chain, pairs = list(links(task.words)), -(-task.tiles // 2)
+            work, half = steps[number].work, found.rates.elementwise(pairs, chain)
+            stored = sum(BFLOAT16 if flags else FLOAT32 for kind, flags in chain if kind == "STORE")
+            pack = half.pack + (task.tiles - pairs) * (stored // found.overheads.pack_bytes)
+            work = replace(work, control=half.control, pack=pack, batches=pairs)
+            steps[number] = replace(steps[number], work=work)
+    return replace(words, compute=tuple(steps))
+
+
+def registers(words: Sequence[Word]) -> int:
+    """How many a chain uses, from the words of its instruction."""
+    names, used, at = {number: name for name, number in LINK.items()}, {0}, 1
+    while (kind := names[number_of(words[at]) & 0xFF]) != "STOP":
+        word = number_of(words[at])
+        used |= {word >> 8 & 0xF, word >> 12 & 0xF}
+        used |= {word >> 16 & 0xF, word >> 20 & 0xF} if kind == "ADD_PRODUCT" else set()
+        at += 1 + PARAMETERS.get(kind, 0)
+    return len(used)
+
+
+def joined(found: FusedPlacement, core: int) -> Words:
+    """The chain that ends a step of a hidden layer multiplies its error by the derivative of tanh, with which
+    the next step begins: both are in registers there.
+    """
+    words, tasks = _of_a_step(found, core)
+    steps = list(words.compute)
+    last = next((n for n, task in enumerate(tasks) if "TANH" in task.links), None)
+    if last is None or "SUBTRACT_FROM" not in tasks[0].links:
+        return words
+    assert not steps[0].go and steps[1].done
+    chain, gated = (list(links(tasks[n].words)) for n in (last, 0))
+    at = next(n for n, (kind, _) in enumerate(chain) if kind == "KEEP")
+    derivative = [(kind, 0) for kind in ("COPY", "SQUARE", "SUBTRACT_FROM", "MULTIPLY")]
+    chain = [*chain[:at], *derivative, *chain[at:], gated[-1]]
+    steps[last] = replace(steps[last], work=found.rates.elementwise(tasks[last].tiles, chain))
+    steps[1] = replace(steps[1], done=steps[1].done - 1)
+    return replace(words, compute=tuple(steps[1:]))
+
+
+def faster() -> str:
     rows: list[Sequence[object]] = []
     for name, widths in NETWORKS.items():
-        most = most_cores(widths, "n150", "Adam")
-        row: list[object] = [name, most]
-        for factor in (0.5, 1.0, 2.0):
-            found = planned(widths, "n150", most, "Adam", factor)
+        for chip in CHIPS:
+            most = most_cores(widths, chip, "Adam")
+            found = planned(widths, chip, most, "Adam")
             assert found is not None
-            cost = found.cost()
-            row += [us(cost.step), us(cost.training)]
-        found, plain = (planned(widths, "n150", most, "Adam", 1.0, act) for act in ("tanh", "relu"))
-        assert found is not None and plain is not None
-        cost = plain.cost()
-        row += [us(cost.step), us(cost.training), us(without_spreading(found)[1])]
-        rows.append([*row, us(with_copies(found)) if most > 1 else "-"])
-    head = ["network, n150", "cores per layer"]
-    for factor in ("half", "as assumed", "twice"):
-        head += [f"{factor}: step", "training"]
-    head += ["relu: step", "training", "no spreading of biases: training", "copies of the weights: step"]
-    return table(head, rows)
+            step = found.cost().step
+            changes = (joined, in_pairs, partial(in_pairs, most=4), *((with_copies,) if most > 1 else ()))
+            row = [name, chip, most, us(step)]
+            for change in changes:
+                seconds = changed(found, change)
+                row.append(f"{us(seconds)} ({100 * (seconds / step - 1):+.0f} %)".replace("+0 ", "0 "))
+            rows.append([*row, *["-"] * (4 - len(changes))])
+    head = ["network", "chip", "cores per layer", "step as it is", "joined", "two tiles per link"]
+    return table([*head, "with more registers", "copies of the weights"], rows)
 
 
 # --- the figure ---------------------------------------------------------------------------------------------
@@ -532,6 +602,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "feedback": feedback,
     "traffic": traffic,
     "assumptions": assumptions,
+    "faster": faster,
 }
 
 

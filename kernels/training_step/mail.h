@@ -20,7 +20,10 @@ inline void wait_for(uint32_t mailbox, uint32_t counter, uint32_t messages) {
 // A test makes cores slow at random points, so that an order that only happens to be kept is noticed.
 inline void dawdle() {
 #ifdef DELAY_SEED
-    static uint32_t state = DELAY_SEED + 7919 * (my_x[0] + 31 * my_y[0]) + DELAY_KERNEL;
+    static uint32_t state = 0;
+    if (state == 0) {
+        state = DELAY_SEED + 7919 * (my_x[0] + 31 * my_y[0]) + DELAY_KERNEL;
+    }
     state = state * 1664525 + 1013904223;
     for (uint32_t left = (state >> 24) * DELAY_CYCLES; left > 0; --left) {
         asm volatile("nop");

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pctt.backends.fused_plan import MOST_NUMBERS, PAGES, TOKENS, FusedPlan, Part, Shares
+from pctt.backends.fused_plan import L1_UNIT, MOST_NUMBERS, PAGES, TOKENS, FusedPlan, Part, Shares
 from pctt.backends.fused_schedule import Remote
 from pctt.backends.fused_stream import COUNTER_BYTES, KERNELS, WINDOW, Ref, Word
 from pctt.backends.fused_tasks import number_bits
@@ -29,6 +29,9 @@ FORMATS = {
     "bfloat16": ("BFLOAT16_IN0", "BFLOAT16_IN1", "BFLOAT16_OUT"),
 }
 """Circular buffers that stand for a format; they share the room of a tile, which nothing is written to."""
+
+
+USUAL_ARGUMENTS = 64
 
 
 class Fused(FusedPlan, Card):
@@ -124,6 +127,8 @@ class Fused(FusedPlan, Card):
         bits = [*map(number_bits, numbers), *[0] * (MOST_NUMBERS - len(numbers))]
         arguments = [table.buffer_address(), mailbox.buffer_address(), len(segments), *bits]
         arguments += [number for segment in segments for number in segment]
+        # As many in most launches, else each number of segments would be a program of its own to TT-NN.
+        arguments += [0] * (USUAL_ARGUMENTS - len(arguments))
         self.ttnn.generic_op([table, mailbox], self._descriptor(arguments))
 
     def work(self) -> list[tuple[int, int, int]]:
@@ -168,7 +173,7 @@ class Fused(FusedPlan, Card):
 
     def _upload(self, tables: list[list[int]]) -> Any:
         """Words of each core, in its L1."""
-        length = padded(max(map(len, tables)), 8)
+        length = padded(max(map(len, tables)), L1_UNIT // 4)
         words = torch.zeros(1, len(tables), 1, length, dtype=torch.int64)
         for core, table in enumerate(tables):
             words[0, core, 0, : len(table)] = torch.tensor(table, dtype=torch.int64)

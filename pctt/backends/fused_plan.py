@@ -31,6 +31,8 @@ MOST_ARGUMENTS = 341
 MOST_NUMBERS = ARGUMENT["SEGMENTS"] - ARGUMENT["NUMBERS"]
 MOST_SEGMENTS = (MOST_ARGUMENTS - ARGUMENT["SEGMENTS"]) // 2
 
+L1_UNIT = 64
+"""Bytes that TT-NN allocates in on Blackhole, the coarser of the two chips."""
 PAGES = {"float32": 4096, "bfloat16": 2048}
 TOKENS = ("GO", "DONE", "SEND")
 CIRCULAR_BUFFER_BYTES = sum(PAGES.values()) + len(TOKENS) * PAGES["bfloat16"]
@@ -131,14 +133,14 @@ class FusedPlan(Placed):
         """
         tensors = sum(self.cores.bytes(buffer, self.planned_rows) for buffer in self.tasks.buffers.values())
         words = self._longest(range(len(self.streams))) + self._longest(self._sections_of_weights())
-        counters = self.counters.most * COUNTER_BYTES
+        counters = padded(self.counters.most * COUNTER_BYTES, L1_UNIT)
         return tensors + self.working_bytes + 4 * words + counters + CIRCULAR_BUFFER_BYTES
 
     def _longest(self, sections: Iterable[int]) -> int:
         """Words of the table of the core with the most instructions."""
         sections = list(sections)
         lengths = [sum(self.streams[s][core].length for s in sections) for core in range(self.cores.total)]
-        return padded(3 * len(self.streams) + max(lengths), 8)
+        return padded(3 * len(self.streams) + max(lengths), L1_UNIT // 4)
 
     def _sections_of_weights(self) -> list[int]:
         """Sections that read and write no batch: they are bound twice, with and without one."""

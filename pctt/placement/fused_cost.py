@@ -83,7 +83,7 @@ class Rates:
         if code == "TRANSPOSE":
             return self._transpose(number_of(words[2]), bool(words[3]))
         if code == "ELEMENTWISE":
-            return self._elementwise(number_of(words[0]), list(links(words)))
+            return self.elementwise(number_of(words[0]), list(links(words)))
         return Work()
 
     def _product(self, sizes: int, flags: int) -> Work:
@@ -113,7 +113,7 @@ class Rates:
             batches=tiles,
         )
 
-    def _elementwise(self, tiles: int, chain: Sequence[tuple[str, int]]) -> Work:
+    def elementwise(self, tiles: int, chain: Sequence[tuple[str, int]]) -> Work:
         """chain: kinds and flags of the links."""
         o, matrix, vector, unpack, pack, control = self.overheads, 0, 0, 0, 0, self.overheads.batch
         control += o.formats * _changes([flags & 1 for kind, flags in chain if kind == "LOAD"])
@@ -140,7 +140,7 @@ class Rates:
 
     def of_chain(self, kinds: Iterable[str], tiles: int) -> Work:
         """Of links on float32 tiles."""
-        return self._elementwise(tiles, [(kind, 0) for kind in kinds])
+        return self.elementwise(tiles, [(kind, 0) for kind in kinds])
 
     @staticmethod
     def vector_instructions(kind: str) -> int:
