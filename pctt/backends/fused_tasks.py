@@ -65,7 +65,10 @@ class Cores:
 
     def num_slices(self, buffer: CardBuffer) -> int:
         """Cores that share the columns of an entry; 1 where each has them all."""
-        return 1 if is_whole(buffer) else max(self.slices[self.node(buffer, i)] for i in range(buffer.count))
+        if is_whole(buffer):
+            return 1
+        (number,) = {self.slices[self.node(buffer, entry)] for entry in range(buffer.count)}  # nodes alike
+        return number
 
     def tiles(self, buffer: CardBuffer, rows: int) -> tuple[int, int]:
         """Rows and columns on one core, in tiles. rows: of a batch."""
