@@ -30,3 +30,29 @@ inline void dawdle() {
     }
 #endif
 }
+
+// Hands the instructions of one processor, section by section, to act(mailbox, word, rest), which returns how
+// many words of the rest it took.
+template <typename Act>
+inline void carry_out(Processor processor, Act act) {
+    const uint32_t table = get_common_arg_val<uint32_t>(TABLE_ADDRESS);
+    const uint32_t mailbox = get_common_arg_val<uint32_t>(MAILBOX_ADDRESS);
+    const uint32_t num_segments = get_common_arg_val<uint32_t>(NUM_SEGMENTS);
+    auto words = reinterpret_cast<volatile tt_l1_ptr uint32_t*>(table);
+
+    for (uint32_t segment = 0; segment < num_segments; ++segment) {
+        const uint32_t section = get_common_arg_val<uint32_t>(SEGMENTS + 2 * segment);
+        uint32_t times = get_common_arg_val<uint32_t>(SEGMENTS + 2 * segment + 1);
+        const uint32_t begin = words[3 * section + processor];
+        for (; times > 0; --times) {
+            for (uint32_t at = begin;;) {
+                const uint32_t word = words[at++];
+                if ((word & 0xff) == FINISH) {
+                    break;
+                }
+                dawdle();
+                at += act(mailbox, word, words + at);
+            }
+        }
+    }
+}
