@@ -31,9 +31,9 @@ from itertools import chain
 from random import Random
 from typing import NamedTuple, TypeVar
 
+from pctt.backends.fused_cores import Move, Task
 from pctt.backends.fused_schedule import Counters, Remote, Stream, Word
 from pctt.backends.fused_stream import CODE, IN0, IN1, KERNELS, LINK, MOVEMENT, OUT, Ref
-from pctt.backends.fused_tasks import Move, Task
 
 T = TypeVar("T")
 

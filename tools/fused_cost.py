@@ -21,8 +21,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pctt
+from pctt.backends.fused_cores import Task
 from pctt.backends.fused_stream import LINK, PARAMETERS, Word
-from pctt.backends.fused_tasks import Task
 from pctt.learning import Learning
 from pctt.network import Network
 from pctt.placement.chips import chip as find_chip

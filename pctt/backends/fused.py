@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pctt.backends.fused_cores import number_bits
 from pctt.backends.fused_plan import L1_UNIT, MOST_NUMBERS, PAGES, TOKENS, FusedPlan, Part, Shares
 from pctt.backends.fused_schedule import Remote
 from pctt.backends.fused_stream import COUNTER_BYTES, KERNELS, WINDOW, Ref, Word
-from pctt.backends.fused_tasks import number_bits
 from pctt.backends.lowering import TILE, CardBuffer
 from pctt.backends.precision import PrecisionPolicy
 from pctt.backends.tenstorrent import Card, device_at_work

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pctt.backends.emulated import FUNCTIONS, KEPT_BITS, cut
+from pctt.backends.fused_cores import Task
 from pctt.backends.fused_plan import FusedPlan, Part, Shares
 from pctt.backends.fused_stream import IN0, IN1, LINK, PARAMETERS, TRANSPOSED, Ref, Word
-from pctt.backends.fused_tasks import Task
 from pctt.backends.lowering import TILE, CardBuffer
 from pctt.backends.precision import BYTES, PrecisionPolicy
 from pctt.placement.chips import chip as find_chip

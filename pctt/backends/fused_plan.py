@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pctt._checks import require_count
+from pctt.backends.fused_cores import Cores, evenly
 from pctt.backends.fused_schedule import schedules
 from pctt.backends.fused_stream import ARGUMENT, COUNTER_BYTES
-from pctt.backends.fused_tasks import Cores, Tasks, evenly
+from pctt.backends.fused_tasks import Tasks
 from pctt.backends.lowering import TILE, CardBuffer, lower, scalar_value
 from pctt.backends.placed import Placed
 from pctt.groups import Layout, layout, padded

@@ -21,8 +21,8 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+from pctt.backends.fused_cores import Move, Region, Task
 from pctt.backends.fused_stream import MOVEMENT, Word, header
-from pctt.backends.fused_tasks import Move, Region, Task
 
 MOST_MESSAGES = 255
 

@@ -16,123 +16,16 @@ sender writes them where the receiver reads them. No other tensor leaves its cor
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
 
 from pctt.backends.fused_chain import Chain
+from pctt.backends.fused_cores import Cores, Move, Region, Task, Tensors, number_bits, tile_bytes
 from pctt.backends.fused_stream import IN0, IN1, OUT, TRANSPOSED, Ref, Word, link
 from pctt.backends.lowering import TILE, CardBuffer, singles
 from pctt.backends.lowering import Chain as Functions
 from pctt.backends.precision import BYTES
-from pctt.program import BATCH, Instruction, Program, Slot
-
-Region = tuple[str, int, int]
-"""A tensor on a core; of one that several cores write to, the block of that sender."""
-
-
-@dataclass(frozen=True)
-class Cores:
-    """Which cores hold which node: node i the next `slices[i]` of them, counted row by row from (0, 0).
-
-    A layer lies with the node that it predicts.
-    """
-
-    slices: tuple[int, ...]
-
-    @cached_property
-    def first(self) -> tuple[int, ...]:
-        return tuple(sum(self.slices[:node]) for node in range(len(self.slices)))
-
-    @property
-    def total(self) -> int:
-        return sum(self.slices)
-
-    def of(self, node: int) -> range:
-        return range(self.first[node], self.first[node] + self.slices[node])
-
-    def node(self, buffer: CardBuffer, entry: int) -> int:
-        """The node whose cores hold that entry of a buffer."""
-        assert buffer.first is not None, buffer
-        return buffer.first + entry
-
-    def held_by(self, buffer: CardBuffer) -> range:
-        """Every core with an entry of a buffer, or a slice of one."""
-        last = self.node(buffer, buffer.count - 1)
-        return range(self.first[self.node(buffer, 0)], self.of(last).stop)
-
-    def num_slices(self, buffer: CardBuffer) -> int:
-        """Cores that share the columns of an entry; 1 where each has them all."""
-        if is_whole(buffer):
-            return 1
-        (number,) = {self.slices[self.node(buffer, entry)] for entry in range(buffer.count)}  # nodes alike
-        return number
-
-    def tiles(self, buffer: CardBuffer, rows: int) -> tuple[int, int]:
-        """Rows and columns on one core, in tiles. rows: of a batch."""
-        height, width = buffer.tiles(rows)
-        return height, -(-width // self.num_slices(buffer))
-
-    def bytes(self, buffer: CardBuffer, rows: int) -> int:
-        height, width = self.tiles(buffer, rows)
-        return height * width * tile_bytes(buffer)
-
-
-def evenly(tiles: int, most: int) -> int:
-    """The largest number of cores up to `most` of which each gets a share of that many tiles."""
-    return max(n for n in range(1, min(tiles, most) + 1) if -(-tiles // -(-tiles // n)) == n)
-
-
-def is_whole(buffer: CardBuffer) -> bool:
-    """Whether every core of a layer has all columns: of what it is sent, and of what has no units."""
-    return "^" in buffer.role or buffer.columns == BATCH
-
-
-def tile_bytes(buffer: CardBuffer) -> int:
-    return TILE * TILE * BYTES[buffer.format]
-
-
-@dataclass
-class Move:
-    """Rows of bytes that a core sends when a task is done. core: where to, the sender itself included.
-
-    rows: how many; bytes: of each; source_step, target_step: from one to the next.
-    """
-
-    core: int
-    source: Ref
-    target: Ref
-    rows: int
-    bytes: int
-    source_step: int
-    target_step: int
-    reads: Region
-    writes: Region
-
-
-@dataclass
-class Task:
-    """What a core does without waiting in between. words: of its instruction, without the header.
-
-    products: of tiles.    links: of its elementwise work, for one tile; tiles: how many.
-    """
-
-    core: int
-    code: str
-    words: list[Word]
-    reads: set[Region] = field(default_factory=set)
-    writes: set[Region] = field(default_factory=set)
-    moves: list[Move] = field(default_factory=list)
-    name: str = ""
-    products: int = 0
-    links: tuple[str, ...] = ()
-    tiles: int = 0
-
-
-def number_bits(value: float) -> int:
-    return struct.unpack("<I", struct.pack("<f", value))[0]
+from pctt.program import Instruction, Program, Slot
 
 
 @dataclass
@@ -155,6 +48,9 @@ class _Joined:
 TRANSPOSED_COPY = "transposed@"
 """How tensors begin that hold weights transposed, for the products of TT-NN."""
 
+MOST_TILES = 255
+"""A side of a product, eight bits of its instruction."""
+
 HOST_ROLES = ("activity", "error", "initial", "anchor", "movable", "precision")
 """Of what the host reads or writes, beside weights, what learning keeps of them, and energies."""
 
@@ -171,13 +67,10 @@ class Tasks:
     ) -> None:
         self.cores = cores
         self.rows = rows
-        self.program = program
         self.numbers: list[CardBuffer] = []
-        self._all: dict[str, CardBuffer] = {}
         codes = [list(map(_without_copies, singles(code))) for code in codes]
-        self._fed: set[str] = {  # what products leave for the layer below
-            i.out[0].buffer for code in codes for i in code if i.op == "matmul" and "^" in i.out[0].buffer
-        }
+        products = [i.out[0].buffer for code in codes for i in code if i.op == "matmul"]
+        self.tensors = Tensors(program, cores, rows, {name for name in products if "^" in name})
         self._unread: set[str] = set()
         joined = [self._join(code) for code in codes]
         while (unread := self._never_read(joined)) - self._unread:  # frees registers, so more may be joined
@@ -185,11 +78,11 @@ class Tasks:
             joined = [self._join(code) for code in codes]
         self._used: set[str] = set()
         self.sections = [self._section(pieces) for pieces in joined]
-        originals = [self._original(name) for name in program.buffers]
+        originals = [self.tensors.original(name) for name in program.buffers]
         self.buffers = {buffer.name: buffer for buffer in originals if _is_for_host(buffer)}
         self.working = {
             name: buffer
-            for name, buffer in self._all.items()
+            for name, buffer in self.tensors.known.items()
             if name in self._used and name not in self.buffers
         }
 
@@ -224,7 +117,7 @@ class Tasks:
         registers for all.
         """
         target = self._target(i)
-        if self._tiles(target) != self._tiles(joined.target):
+        if self.tensors.tiles(target) != self.tensors.tiles(joined.target):
             return False
         if (target.rows == 1) != (joined.target.rows == 1):  # a row, which others read in all of their rows
             return False
@@ -274,27 +167,27 @@ class Tasks:
 
     def _load(self, joined: _Joined, name: str, target: CardBuffer) -> int:
         """The value of an operand."""
-        buffer, chain = self._buffer(name), joined.chain
+        buffer, chain = self.tensors.buffer(name), joined.chain
         bfloat16 = buffer.format == "bfloat16"
         value = chain.read(name, bfloat16)
         if value is not None:
             return value
         if "^" in buffer.role:
-            landing = self._landing(buffer)
-            height, width = self._tiles(replace(landing, positions=1))
+            landing = self.tensors.landing(buffer)
+            height, width = self.tensors.tiles(replace(landing, positions=1))
             block = height * width * tile_bytes(landing)
             value = chain.load(Ref(landing.name), bfloat16)
-            for sender in range(1, self._num_senders(buffer)):
+            for sender in range(1, self.tensors.num_senders(buffer)):
                 other = chain.load(Ref(landing.name, sender * block), bfloat16)
                 value = chain.add("ADD", value, other)
-            if self._original(name).format == "bfloat16" and not bfloat16:
+            if self.tensors.original(name).format == "bfloat16" and not bfloat16:
                 value = chain.add("ROUND", value)
             return value
         if buffer.rows == 1 and target.rows != 1:
-            spread = self._beside("spread", buffer, rows=TILE)
+            spread = self.tensors.beside("spread", buffer, rows=TILE)
             if buffer not in joined.before:
                 joined.before.append(buffer)
-            return chain.load(Ref(spread.name), bfloat16, self._tiles(buffer)[1])
+            return chain.load(Ref(spread.name), bfloat16, self.tensors.tiles(buffer)[1])
         return chain.load(Ref(name), bfloat16)
 
     def _never_read(self, joined: list[list[Instruction | _Joined]]) -> set[str]:
@@ -307,7 +200,7 @@ class Tasks:
                 else:
                     read |= {slot.buffer for slot in piece.inputs}
         stored = {
-            name: self._all[name]
+            name: self.tensors.known[name]
             for pieces in joined
             for piece in pieces
             if isinstance(piece, _Joined)
@@ -333,47 +226,13 @@ class Tasks:
             self._used |= {move.writes[0] for move in task.moves}
         return tasks
 
-    # --- tensors --------------------------------------------------------------------------------------------
-
-    def _original(self, name: str) -> CardBuffer:
-        buffer = self.program.buffers[name]
-        assert isinstance(buffer, CardBuffer), name
-        return buffer
-
-    def _buffer(self, name: str) -> CardBuffer:
-        """A tensor of the program. Partial sums that are still to be added up are not rounded before."""
-        buffer = self._original(name)
-        if name in self._fed and self._num_senders(buffer) > 1:
-            buffer = replace(buffer, format="float32")
-        return self._known(buffer)
-
-    def _known(self, buffer: CardBuffer) -> CardBuffer:
-        return self._all.setdefault(buffer.name, buffer)
-
-    def _num_senders(self, buffer: CardBuffer) -> int:
-        nodes = range(self.cores.node(buffer, 0), self.cores.node(buffer, buffer.count))
-        return max(self.cores.slices[node] for node in nodes)
-
-    def _beside(self, what: str, buffer: CardBuffer, **changes: Any) -> CardBuffer:
-        """A buffer with a slice for each node of `buffer`, one core below where that lies with the layer."""
-        assert buffer.first is not None
-        first = buffer.first - 1 if "^" in buffer.role else buffer.first
-        name = f"{what} {buffer.name.replace('^', '')}"
-        return self._known(replace(buffer, name=name, first=first, **changes))
-
-    def _landing(self, buffer: CardBuffer) -> CardBuffer:
-        return self._beside("landed", buffer, positions=self._num_senders(buffer))
-
     def _target(self, i: Instruction) -> CardBuffer:
         """Where an elementwise operation leaves its result: on its own core, also what is to be sent."""
-        out = self._buffer(i.out[0].buffer)
-        return self._beside("sending", out) if "^" in out.role else out
-
-    def _tiles(self, buffer: CardBuffer) -> tuple[int, int]:
-        return self.cores.tiles(buffer, self.rows)
+        out = self.tensors.buffer(i.out[0].buffer)
+        return self.tensors.beside("sending", out) if "^" in out.role else out
 
     def _number(self, name: str) -> int:
-        buffer = self._original(name)
+        buffer = self.tensors.original(name)
         if buffer not in self.numbers:
             self.numbers.append(buffer)
         return self.numbers.index(buffer)
@@ -382,9 +241,9 @@ class Tasks:
 
     def _elementwise(self, joined: _Joined, done: set[Region]) -> list[Task]:
         chain = joined.chain.without(self._unread)
-        height, width = self._tiles(joined.target)
+        height, width = self.tensors.tiles(joined.target)
         sent = {
-            self._target(i).name: self._buffer(i.out[0].buffer)
+            self._target(i).name: self.tensors.buffer(i.out[0].buffer)
             for i in joined.operations
             if "^" in i.out[0].buffer
         }
@@ -397,7 +256,7 @@ class Tasks:
                 task.reads.add((ref.tensor, core, self._block(ref)))
             task.writes = {(name, core, 0) for name in chain.stores}
             for name, out in sent.items():
-                self._send_up(task, self._all[name], out, joined.node, core)
+                self._send_up(task, self.tensors.known[name], out, joined.node, core)
             tasks.append(task)
         return tasks
 
@@ -405,20 +264,20 @@ class Tasks:
         """Of which sender."""
         if not ref.tensor.startswith("landed "):
             return 0
-        landing = self._all[ref.tensor]
-        height, width = self._tiles(replace(landing, positions=1))
+        landing = self.tensors.known[ref.tensor]
+        height, width = self.tensors.tiles(replace(landing, positions=1))
         return ref.offset // (height * width * tile_bytes(landing))
 
     def _spread_rows(self, buffer: CardBuffer, core: int, done: set[Region]) -> list[Task]:
         """The first row of each tile in all of its rows: a tile is four faces of 16 x 16."""
-        spread = self._beside("spread", buffer, rows=TILE)
+        spread = self.tensors.beside("spread", buffer, rows=TILE)
         region = (spread.name, core, 0)
         if region in done:
             return []
         done.add(region)
         row, face = 16 * BYTES[buffer.format], 16 * 16 * BYTES[buffer.format]
         task = Task(core, "NOTHING", [], reads={(buffer.name, core, 0)}, name=f"spread {buffer.name}")
-        for tile in range(self._tiles(buffer)[1]):
+        for tile in range(self.tensors.tiles(buffer)[1]):
             start = tile * tile_bytes(buffer)
             for number in range(4):
                 source = Ref(buffer.name, start + number % 2 * face)
@@ -428,8 +287,8 @@ class Tasks:
 
     def _send_up(self, task: Task, staging: CardBuffer, out: CardBuffer, node: int, core: int) -> None:
         """To every core of the layer above, beside the slices of the others."""
-        height, width = self._tiles(staging)
-        _, columns = self._tiles(out)
+        height, width = self.tensors.tiles(staging)
+        _, columns = self.tensors.tiles(out)
         size, number = tile_bytes(out), core - self.cores.first[node]
         across = min(width, columns - number * width) * size
         for receiver in self.cores.of(node + 1):
@@ -453,14 +312,14 @@ class Tasks:
         found = {
             self.cores.node(buffer, slot.start)
             for slot in (*i.out, *i.inputs)
-            if "^" not in (buffer := self._buffer(slot.buffer)).role
+            if "^" not in (buffer := self.tensors.buffer(slot.buffer)).role
         }
         assert len(found) == 1, i
         return found.pop()
 
     def _row_sums(self, i: Instruction) -> list[Task]:
-        source, out = self._buffer(i.inputs[0].buffer), self._buffer(i.out[0].buffer)
-        height, width = self._tiles(source)
+        source, out = self.tensors.buffer(i.inputs[0].buffer), self.tensors.buffer(i.out[0].buffer)
+        height, width = self.tensors.tiles(source)
         low, row = source.format == "bfloat16", width * tile_bytes(source)
         chain = Chain()
         total = chain.load(Ref(source.name), low)
@@ -477,13 +336,13 @@ class Tasks:
     # --- the matrix unit ------------------------------------------------------------------------------------
 
     def _matmul(self, i: Instruction) -> list[Task]:
-        a, b = (self._buffer(slot.buffer) for slot in i.inputs)
+        a, b = (self.tensors.buffer(slot.buffer) for slot in i.inputs)
         transposed = i.function == "transposed"
-        out = self._buffer(i.out[0].buffer)
+        out = self.tensors.buffer(i.out[0].buffer)
         node = self.cores.node(out, i.out[0].start)
-        rows, inner = self._tiles(a)
-        _, width = self._tiles(b)
-        _, columns = self._tiles(out)
+        rows, inner = self.tensors.tiles(a)
+        _, width = self.tensors.tiles(b)
+        _, columns = self.tensors.tiles(out)
         steps = 1 | width << 16 if transposed else width | 1 << 16
         flags = (
             (IN0 if a.format == "bfloat16" else 0)
@@ -491,13 +350,19 @@ class Tasks:
             | (OUT if out.format == "bfloat16" else 0)
             | (TRANSPOSED if transposed else 0)
         )
+        if max(rows, inner, columns) > MOST_TILES:
+            raise ValueError(
+                f"a product of {rows} x {inner} by {inner} x {columns} tiles has a side of more than "
+                f"{MOST_TILES} tiles, {MOST_TILES * TILE:,} units, as far as the fused kernel counts; use "
+                "narrower layers, more cores_per_layer, or drop fused=True."
+            )
         tasks: list[Task] = []
         for core in self.cores.of(node):
             words = [Ref(out.name), Ref(a.name), Ref(b.name), rows | inner << 8 | columns << 16, steps, flags]
             task = Task(core, "PRODUCT", words, name=str(i), products=rows * inner * columns)
             task.reads |= self._parts(a, node, core) | {(b.name, core, 0)}
             task.writes.add((out.name, core, 0))
-            if out.name in self._fed:
+            if out.name in self.tensors.fed:
                 self._send_down(task, out, node, core)
             tasks.append(task)
         return tasks
@@ -509,9 +374,9 @@ class Tasks:
 
     def _send_down(self, task: Task, out: CardBuffer, node: int, core: int) -> None:
         """To each core below the columns of its units."""
-        landing = self._landing(out)
-        height, width = self._tiles(replace(landing, positions=1))
-        _, columns = self._tiles(out)
+        landing = self.tensors.landing(out)
+        height, width = self.tensors.tiles(replace(landing, positions=1))
+        _, columns = self.tensors.tiles(out)
         size, number = tile_bytes(out), core - self.cores.first[node]
         for part, receiver in enumerate(self.cores.of(node - 1)):
             task.moves.append(
@@ -529,12 +394,12 @@ class Tasks:
             )
 
     def _transpose(self, i: Instruction) -> list[Task]:
-        source, out = self._buffer(i.inputs[0].buffer), self._buffer(i.out[0].buffer)
+        source, out = self.tensors.buffer(i.inputs[0].buffer), self.tensors.buffer(i.out[0].buffer)
         assert source.format == out.format and "^" in out.role, i
         node = self.cores.node(source, i.inputs[0].start)
-        height, width = self._tiles(source)
-        total, _ = self._tiles(out)
-        staging = self._beside("sending", out, rows=width * TILE)
+        height, width = self.tensors.tiles(source)
+        total, _ = self.tensors.tiles(out)
+        staging = self.tensors.beside("sending", out, rows=width * TILE)
         size = tile_bytes(out)
         flag = 1 if out.format == "bfloat16" else 0
         tasks: list[Task] = []

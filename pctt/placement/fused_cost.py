@@ -16,9 +16,10 @@ from typing import cast
 import torch
 
 from pctt.assemble import assemble
+from pctt.backends.fused_cores import Cores, Move, Task
 from pctt.backends.fused_plan import SECTIONS, FusedPlan
 from pctt.backends.fused_stream import IN0, IN1, OUT
-from pctt.backends.fused_tasks import Cores, Move, Task, Tasks
+from pctt.backends.fused_tasks import Tasks
 from pctt.backends.lowering import TILE
 from pctt.backends.precision import BYTES, PrecisionPolicy
 from pctt.inference import Inference

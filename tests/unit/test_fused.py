@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pctt import SGD, Adam, AdamW, Dense, Inference, Trainer, chain, graph, infer, init, load, variant
 from pctt.backends.fused_chain import NUM_REGISTERS, Chain
+from pctt.backends.fused_cores import Cores, evenly
 from pctt.backends.fused_emulated import from_tiles, to_tiles
 from pctt.backends.fused_plan import FusedPlan
 from pctt.backends.fused_stream import Ref
-from pctt.backends.fused_tasks import Cores, evenly
 from pctt.energies import Gaussian
 from pctt.engine import Engine
 from pctt.learning import Learning

@@ -24,9 +24,10 @@ from replay import Action, Deadlock, Order, Outcome, Replay, orders, random_orde
 
 from pctt import SGD, Adam, Dense, Inference, Network, chain
 from pctt.assemble import assemble
+from pctt.backends.fused_cores import Cores, evenly
 from pctt.backends.fused_schedule import Counters, Stream, schedules
 from pctt.backends.fused_stream import CODE, KERNELS, LINK, MOVEMENT, PROCESSOR, WINDOW
-from pctt.backends.fused_tasks import Cores, Tasks, evenly
+from pctt.backends.fused_tasks import Tasks
 from pctt.backends.lowering import TILE, lower
 from pctt.backends.precision import PrecisionPolicy
 from pctt.groups import layout, padded
