@@ -630,7 +630,7 @@ FAULTS = (
         "fused-feedback-of-the-first-core-only",
         "fused",
         FUSED_TASKS,
-        "for sender in range(1, self._num_senders(buffer)):",
+        "for sender in range(1, self.tensors.num_senders(buffer)):",
         "for sender in range(1, 1):",
     ),
     Fault(
