@@ -91,7 +91,6 @@ ENGINE = "pctt/engine.py"
 REFERENCE = "pctt/backends/reference.py"
 LOWERING = "pctt/backends/lowering.py"
 GRAPH_LOWERING = "pctt/backends/graph_lowering.py"
-MAPS = "pctt/layers/maps.py"
 BLOCK = "pctt/layers/block.py"
 REFERENCE_MAPS = "pctt/backends/reference_maps.py"
 FUSED_TASKS = "pctt/backends/fused_tasks.py"
@@ -493,32 +492,38 @@ FAULTS = (
     Fault(
         "add-pulls-without-its-sign",
         "maps",
-        MAPS,
+        "pctt/layers/maps/shaping.py",
         "use.at.add_scaled(v, into, addend, scale * self._sign(number), scalar)",
         "use.at.add_scaled(v, into, addend, scale, scalar)",
     ),
     Fault(
         "gate-multiplied-by-itself",
         "maps",
-        MAPS,
+        "pctt/layers/maps/shaping.py",
         'use.emit("multiply", out, v, use.value(1 - number))',
         'use.emit("multiply", out, v, use.value(number))',
     ),
     Fault(
         "concat-part-from-the-wrong-place",
         "maps",
-        MAPS,
+        "pctt/layers/maps/shaping.py",
         "for shape in use.shapes[:number])",
         "for shape in use.shapes[: max(0, number - 1)])",
     ),
     Fault(
         "softmax-over-all-positions",
         "maps",
-        MAPS,
+        "pctt/layers/maps/shaping.py",
         'return (("last", use.shape[-1]),) if self.name == "softmax" else ()',
         "return ()",
     ),
-    Fault("mask-forgotten", "maps", MAPS, 'use.emit("multiply", out, out, use.weight("mask"))', "pass"),
+    Fault(
+        "mask-forgotten",
+        "maps",
+        "pctt/layers/maps/linear.py",
+        'use.emit("multiply", out, out, use.weight("mask"))',
+        "pass",
+    ),
     Fault(
         "change-without-its-base",
         "maps",

@@ -1,4 +1,4 @@
-"""The reference's operations behind the maps of `layers/maps.py`: convolution, pooling, normalisation,
+"""The reference's operations behind the maps of `layers/maps/`: convolution, pooling, normalisation,
 attention and what moves numbers about. Shapes and windows stand in an instruction's options.
 """
 
