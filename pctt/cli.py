@@ -1,4 +1,4 @@
-"""The command line: pctt train, eval, generate, recall, plan, doctor.
+"""The command line: pctt train, eval, generate, recall, plan, profile, dashboard, doctor.
 
 Exit code 0: done; 1: it failed; 2: it was asked for wrongly. On a terminal there is a progress bar, in a pipe
 plain lines, and with --json one JSON object a line on standard output and nothing else.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pctt import ask, plots, record
+from pctt import ask, checkpoint, plots, record
 from pctt.backends import DeviceLost
 from pctt.config import RunConfig, from_dict, parse_value, read_toml, to_dict
+from pctt.dashboard.command import dashboard
 from pctt.data import Dataset, Split, load, split_validation
 from pctt.doctor import examine
 from pctt.engine import Status
@@ -35,6 +37,7 @@ from pctt.placement.fused_cost import fused_placement
 from pctt.placement.fused_report import FusedReport
 from pctt.placement.plan import plan as make_plan
 from pctt.presets import PRESETS
+from pctt.profile.command import profile
 from pctt.report import CURVES, Asking, Reporter, described, draw, print_json, say_error
 from pctt.run import CHECKPOINT, FitResult, Trainer
 from pctt.run import load as load_run
@@ -69,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         "generate": generate,
         "recall": recall,
         "plan": plan,
+        "profile": profile,
+        "dashboard": dashboard,
         "doctor": doctor,
     }
     try:
@@ -152,15 +157,28 @@ def train(
     )
     folder = _run_folder(out, Path(what).stem, resume)
     report = Reporter(json)
-    if resume:
-        config = _resumed_configuration(folder, config)
-    dataset = _load_data(config)
-    trainer, is_new = _trainer(config, dataset, folder, resume)
-    if is_new:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_configuration(folder / CONFIG, config)
-        trainer.save(folder)
-    return _train(config, dataset, trainer, folder, report, is_new)
+    try:
+        with ExitStack() as held:
+            if resume and folder.is_dir():
+                held.enter_context(checkpoint.hold(folder))
+            if resume:
+                config = _resumed_configuration(folder, config)
+            dataset = _load_data(config)
+            trainer, is_new = _trainer(config, dataset, folder, resume)
+            if is_new and not resume:  # the folder is made no earlier, so that a refusal leaves none
+                checkpoint.make_folder(folder)
+                held.enter_context(checkpoint.hold(folder))
+                _refuse_used(folder)  # by a run that has begun, and ended, since it was chosen
+            if is_new:
+                _write_configuration(folder / CONFIG, config)
+                trainer.save(folder)
+            return _train(config, dataset, trainer, folder, report, is_new)
+    except checkpoint.FolderInUse as error:
+        raise UsageError(str(error)) from None
+    except KeyboardInterrupt:  # training itself takes it as a request
+        known = (folder / CONFIG).is_file()
+        say_error("interrupted; " + (f"--resume goes on with {folder}." if known else "no run had begun."))
+        return FAILED
 
 
 def _variant_settings(name: str | None) -> dict[str, Any]:
@@ -177,11 +195,20 @@ def _train(
     training, validation = split_validation(dataset.train, config.data.validation, config.training.seed)
     report.start(config, dataset, trainer, folder, len(training), is_new)
     metrics = folder / record.FILE_NAME
-    already = record.read(metrics)[-1:] if metrics.is_file() and not is_new else []
+    if is_new and metrics.is_file():
+        raise ValueError(
+            f"{folder / CHECKPOINT} is gone and its record is not, so this run cannot be resumed; begin "
+            "another one."
+        )
+    already = record.read(metrics)[-1:] if metrics.is_file() else []
     if already and already[0]["kind"] == "result" and trainer.progress.epoch >= config.training.epochs:
+        if not _draw(folder, config):  # again, as it may have been killed while it drew
+            return FAILED
         report.end(already[0], folder / CURVES, "this run was complete already")
         return OK
-    resume_after = None if is_new else trainer.progress.step
+    # A run that was killed before its first record has the checkpoint of batch 0 and no file.
+    begins = trainer.progress.step == 0 and not metrics.is_file()
+    resume_after = None if begins else trainer.progress.step
     if resume_after is not None and not metrics.is_file():
         raise ValueError(f"{metrics} is gone, so this run cannot be resumed; begin another one.")
     with (
@@ -194,7 +221,7 @@ def _train(
             _clamped(config, trainer.net, training),
             config.training.epochs,
             _clamped(config, trainer.net, validation) if validation is not None and validates else None,
-            callbacks=[recorder.log_record, report.event],
+            callbacks=[recorder.log_record, report.event, _say_setback],
             save_to=folder,
             save_every=config.training.checkpoint_every,
         )
@@ -206,12 +233,39 @@ def _train(
         elif outcome.status is not Status.STOPPED:
             failed = {"status": outcome.status.name, "message": outcome.message}
             recorder.log("failed", step=outcome.steps + 1, **failed)
-    picture = draw(folder, config)
+    drawn = _draw(folder, config)
     if not outcome.status.ok:
         report.failed(outcome, folder)
+    if not outcome.status.ok or not drawn:
         return FAILED
-    report.end(result, picture, None)
+    report.end(result, folder / CURVES if (folder / CURVES).is_file() else None, None)
     return OK
+
+
+def _draw(folder: Path, config: RunConfig) -> bool:
+    """Whether the picture could be written, where there is something to draw it with."""
+    try:
+        draw(folder, config)
+        return True
+    except OSError as error:
+        with suppress(OSError):
+            (folder / CURVES).unlink()  # half of it, if any
+        reason = error.strerror or str(error)
+        say_error(
+            f"{folder / CURVES} was not written ({reason}); {checkpoint.remedy(error)}; the run is kept."
+        )
+        return False
+
+
+def _say_setback(kind: str, fields: dict[str, Any]) -> None:
+    if kind in ("skipped", "halved"):
+        fault = (
+            f"batch {fields['step']}: {Status[fields['status']].value}, worst in layer {fields['layer']!r}"
+        )
+        done = (
+            "skipped" if kind == "skipped" else f"inference.rate is {fields['inference_rate']:g} from now on"
+        )
+        say_error(f"{fault}; {done}.")
 
 
 def _record_place(recorder: record.Recorder, trainer: Trainer) -> None:
@@ -634,9 +688,8 @@ def _elsewhere(config: RunConfig, backend: str | None, device: str | None) -> Ru
 
 
 def _write_configuration(path: Path, config: RunConfig) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(to_dict(config), indent=2) + "\n"
+    checkpoint.replace_file(path, text.encode(), "configuration")
 
 
 def _saved_configuration(folder: Path) -> RunConfig:
@@ -646,9 +699,9 @@ def _saved_configuration(folder: Path) -> RunConfig:
             f"{folder} holds no run ({CONFIG} is missing); give the folder that `pctt train` wrote."
         )
     try:
-        return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        return from_dict(RunConfig, checkpoint.parse_json(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {checkpoint.one_line(error)}") from None
 
 
 FREE_ON_RESUME = (
@@ -659,9 +712,12 @@ FREE_ON_RESUME = (
     "training.tensorboard",
     "training.fused",
     "training.cores_per_layer",
+    "training.on_divergence",
     "precision",
 )
-"""Settings that may differ when a run goes on: where it runs, how long, and what it reports."""
+"""Settings that may differ when a run goes on: where it runs, how long, what it reports, and whether it stops
+where it diverges.
+"""
 
 
 def _resumed_configuration(folder: Path, asked: RunConfig) -> RunConfig:
@@ -698,11 +754,20 @@ def _run_folder(out: Path | None, name: str, resume: bool) -> Path:
         while (Path("runs") / f"{name}-{number}").exists():
             number += 1
         return Path("runs") / f"{name}-{number}"
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"{out} exists already; add --resume to go on with the run in it, or choose another --out."
-        )
+    if not resume:
+        _refuse_used(out)
     return out
+
+
+def _refuse_used(folder: Path) -> None:
+    """What a run leaves that was killed before it had a configuration does not count."""
+    if not folder.exists():
+        return
+    own = re.compile(rf"{re.escape(checkpoint.LOCK)}|\.{re.escape(CONFIG)}\.\d+\.tmp")
+    if not folder.is_dir() or any(not own.fullmatch(entry.name) for entry in folder.iterdir()):
+        raise UsageError(
+            f"{folder} exists already; add --resume to go on with the run in it, or choose another --out."
+        )
 
 
 def _load_data(config: RunConfig) -> Dataset:
@@ -724,6 +789,7 @@ def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) ->
             settings.fused,
             settings.cores_per_layer,
         )
+        trainer.on_divergence = settings.on_divergence
         if trainer.progress.epoch > settings.epochs:
             done = trainer.progress.epoch
             raise UsageError(f"the run in {folder} has done {done} epochs; give --epochs of at least {done}.")
@@ -747,6 +813,7 @@ def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) ->
         clamped=tuple(config.clamp) if config.clamp is not None else None,
         fused=settings.fused,
         cores_per_layer=settings.cores_per_layer,
+        on_divergence=settings.on_divergence,
     )
     return trainer, True
 
@@ -815,13 +882,14 @@ def _accuracy(config: RunConfig, trainer: Trainer, split: Split) -> float | None
 
 @contextmanager
 def _stop_on_signals(trainer: Trainer) -> Generator[None]:
-    """Ctrl-C and SIGTERM end the run after the batch it is at, with a checkpoint; a second one ends it at
-    once.
+    """Ctrl-C and SIGTERM end the run after the batch it is at, with a checkpoint; a second one, of either
+    kind, ends it at once.
     """
 
     def request(number: int, frame: object) -> None:
         trainer.stop()
-        signal.signal(number, signal.SIG_DFL)
+        for either in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(either, signal.SIG_DFL)
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

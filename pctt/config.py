@@ -48,6 +48,8 @@ KINDS: dict[str, type] = {
 NAMES = {kind: name for name, kind in KINDS.items()}
 
 ALGORITHMS = ("pc", "backprop")
+ON_DIVERGENCE = ("stop", "halve_rate", "skip_batch")
+"""What a batch that diverges, or is not finite, does to a run."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class TrainingConfig:
     checkpoint_every: also write a checkpoint after this many batches, not only after each epoch.
     tensorboard: mirror the metrics to tensorboard event files in the run folder.
     fused: tenstorrent: every training step is one program.    cores_per_layer: its cores for each layer.
+    on_divergence: of a batch: stop the run, halve_rate of inference and repeat the batch, or skip_batch.
     """
 
     epochs: int = 10
@@ -98,8 +101,10 @@ class TrainingConfig:
     tensorboard: bool = False
     fused: bool = False
     cores_per_layer: int | None = None
+    on_divergence: str = "stop"
 
     def __post_init__(self) -> None:
+        require_one_of("on_divergence", self.on_divergence, ON_DIVERGENCE)
         require_count("epochs", self.epochs)
         require_count("batch_size", self.batch_size, least=1)
         require_count("seed", self.seed)
@@ -272,7 +277,7 @@ def read_toml(path: Path) -> RunConfig:
         )
     try:
         values = _toml().loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{path} is not valid TOML: {error}.") from None
     try:
         return from_dict(RunConfig, values)
@@ -318,7 +323,10 @@ def from_dict(cls: Any, values: Any, place: str = "") -> Any:
         element = get_args(cls)[1]
         return {key: from_dict(element, value, f"{place}.{key}") for key, value in values.items()}
     if cls is float and isinstance(values, int) and not isinstance(values, bool):
-        return float(values)
+        try:
+            return float(values)
+        except OverflowError:
+            raise ValueError(f"{place} is too large for a number.") from None
     if not isinstance(values, cls) or (isinstance(values, bool) and cls is not bool):
         raise ValueError(f"{place} must be {_ARTICLES.get(cls, cls.__name__)}, got {values!r}.")
     return values

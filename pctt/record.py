@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pctt.checkpoint import remedy
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -49,8 +51,11 @@ class Recorder:
             truncate_after(self.path, resume_after)
         elif self.path.exists():
             _truncate(self.path, _whole_lines(self.path.read_bytes()))
-        # Unbuffered: nothing is left over to be written again after an error.
-        self._file = open(self.path, "ab", buffering=0)
+        try:
+            # Unbuffered: nothing is left over to be written again after an error.
+            self._file = open(self.path, "ab", buffering=0)
+        except OSError as error:
+            raise _not_written(self.path, error) from error
         purge_step = None if resume_after is None else resume_after + 1
         self._writer = writer and writer(str(folder / "tensorboard"), purge_step=purge_step)
 
@@ -91,7 +96,7 @@ class Recorder:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             self._file.truncate(start)  # no half line, to which the next record would be glued
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            raise _not_written(self.path, error) from error
 
     def __enter__(self) -> "Recorder":
         return self
@@ -152,6 +157,13 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{path}, line {number} is not a JSON object; repair that line.")
         end += len(line) + 1
         yield end, record
+
+
+def _not_written(path: Path, error: OSError) -> OSError:
+    """The error as one sentence, and nothing else, or Python would put number and name around it."""
+    reason = error.strerror or str(error)
+    kept = "the records before are kept"
+    return OSError(f"a record was not written ({reason}) to {path}; {remedy(error)}; {kept}.")
 
 
 def _whole_lines(data: bytes) -> int:

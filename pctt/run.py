@@ -26,18 +26,23 @@ from pctt.backends.placed import Placed
 from pctt.backends.precision import PrecisionPolicy
 from pctt.backends.reference import Reference
 from pctt.backends.tenstorrent import mode
-from pctt.config import ALGORITHMS, from_dict, to_dict
+from pctt.config import ALGORITHMS, ON_DIVERGENCE, from_dict, to_dict
 from pctt.data import Split
 from pctt.energies import Categorical
 from pctt.engine import Engine, Relaxation, Status
 from pctt.inference import Inference
+from pctt.inference.settings import noise_scale
 from pctt.initialisers import init
 from pctt.learning import Adam, Learning
 from pctt.network import Network, Weights, check_weights
+from pctt.program import INFERENCE_RATE, NOISE
 from pctt.queries import check_distribution, check_whole_numbers
 
 CHECKPOINT = "checkpoint.safetensors"
 EVALUATION_BATCH = 1000
+MOST_HALVINGS = 10  # a thousandth of the rate: what diverges there has another cause
+MOST_STEPS = 1_000_000  # each takes some memory, and a file may claim any number
+MOST_SKIPPED = 100  # in a row, or a whole epoch of fewer batches
 
 Data = Split | tuple[Any, Any] | Mapping[str, Any]
 """Inputs and labels or targets; or the data of each clamped node, by name."""
@@ -57,6 +62,29 @@ class Progress:
     step: int = 0
     energy: float = 0.0
     samples: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epoch", "batch", "step", "samples"):
+            require_count(name, getattr(self, name))
+
+
+@dataclass
+class Setbacks:
+    """What a run has done about batches that went wrong.
+
+    halvings: of the inference rate.    skipped: batches, in all.    in_a_row: skipped since the last one that
+    was learnt from.
+    """
+
+    halvings: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("halvings", "skipped", "in_a_row"):
+            require_count(name, getattr(self, name))
+        if self.halvings > MOST_HALVINGS:
+            raise ValueError(f"halvings must be at most {MOST_HALVINGS}, got {self.halvings}.")
 
 
 @dataclass(frozen=True)
@@ -86,6 +114,8 @@ class Trainer:
         each layer, None for as few as memory allows.
     clamped: the nodes that data are clamped to, by default the input and the output of the network. Others
         take data by name, `fit({node: values})`: of a generative model the images alone, say.
+    on_divergence: what a batch does that diverges or is not finite: "stop" the run, "skip_batch" without
+        learning from it, or "halve_rate" of inference for good and try it again.
 
     Raises ValueError for what does not fit together or does not fit the chip, BackendUnavailable where the
     backend cannot run. On ttnn's mock device, which computes nothing, an `Engine` can be built, no Trainer.
@@ -111,10 +141,12 @@ class Trainer:
         clamped: Sequence[str] | None = None,
         fused: bool = False,
         cores_per_layer: int | None = None,
+        on_divergence: str = "stop",
     ) -> None:
         require_count("seed", seed)
         require_count("batch_size", batch_size, least=1)
         require_one_of("algorithm", algorithm, ALGORITHMS)
+        require_one_of("on_divergence", on_divergence, ON_DIVERGENCE)
         if algorithm == "backprop" and any(layer.learns_variance for layer in net.layers):
             raise ValueError(
                 "a learned variance follows the errors of predictive coding, and algorithm='backprop' has "
@@ -165,6 +197,9 @@ class Trainer:
         self._stop_requested = False
         self._spoilt = False  # whether the weights have moved by the batch that went wrong
         self._asking: Engine | None = None  # relaxes with the input alone clamped
+        self.on_divergence = on_divergence
+        self.setbacks = Setbacks()
+        self._check_on_divergence()
 
     @property
     def weights(self) -> Weights:
@@ -191,6 +226,25 @@ class Trainer:
         judged_between = inference.tolerance is not None or inference.weights_at == "every_step"
         return self.engine.backend.whole_steps and not judged_between
 
+    def _check_on_divergence(self) -> None:
+        """Raises ValueError where a batch cannot be undone or there is no rate to halve."""
+        if self.on_divergence == "stop":
+            return
+        if self.algorithm == "backprop":
+            if self.on_divergence == "halve_rate":
+                raise ValueError(
+                    "on_divergence='halve_rate' halves the rate of inference, and algorithm='backprop' has "
+                    "none; use skip_batch or stop."
+                )
+            return
+        moving = "with weights_at='every_step'" if self.inference.weights_at == "every_step" else None
+        moving = "in the fused kernel" if self._in_whole_steps else moving
+        if moving is not None:
+            raise ValueError(
+                f"on_divergence={self.on_divergence!r} needs weights that wait until a batch is judged, and "
+                f"{moving} they have moved by then; use on_divergence='stop'."
+            )
+
     # --- training -------------------------------------------------------------------------------------------
 
     def fit(
@@ -207,12 +261,14 @@ class Trainer:
 
         train_data, validation: a Split or (inputs [N, D], labels [N] or targets [N, units]), tensors or
         arrays; or {node: [N, units] or [N, *shape]} of all clamped nodes.
-        callbacks: called as callback(kind, fields) with the records "batch", "epoch" and "trajectory" of
-        docs/runs.md.
+        callbacks: called as callback(kind, fields) with the records "batch", "epoch" and "trajectory", and
+        where `on_divergence` says so "skipped" and "halved", of docs/runs.md.
         save_to: folder for a checkpoint after every epoch, and after every `save_every` batches.
 
-        Divergence and NaN end the run before they reach the weights; look at the result's status. A device
-        that fails ends it too, with DEVICE_LOST: what this trainer held there is gone, the checkpoint is not.
+        Divergence and NaN end the run before they reach the weights, unless `on_divergence` has it go on;
+        look at the result's status. Weights that an update made NaN or infinite end it before they reach a
+        checkpoint. A device that fails ends it too, with DEVICE_LOST: what this trainer held there is gone,
+        the checkpoint is not.
         Raises ValueError for data that do not fit the network.
         """
         require_count("epochs", epochs)
@@ -224,6 +280,8 @@ class Trainer:
             lost = "what was learnt since the last checkpoint is lost"
             message = f"after batch {self.progress.step}: {error}; {lost}."
             return self._result(Status.DEVICE_LOST, message, None)
+        finally:
+            self._stop_requested = False  # and not before: a stop asked for while data are prepared counts
 
     def _fit(
         self,
@@ -236,8 +294,13 @@ class Trainer:
     ) -> FitResult:
         num_samples = len(next(iter(data.values())))
         num_batches = math.ceil(num_samples / self.batch_size)
-        progress, accuracy, names = self.progress, None, self.net.layer_names
-        self._stop_requested = False
+        progress, setbacks, accuracy, names = self.progress, self.setbacks, None, self.net.layer_names
+        self._check_on_divergence()  # once more, since `load` sets it afterwards
+        if progress.epoch < epochs and progress.batch >= max(1, num_batches):
+            raise ValueError(
+                f"this run stopped after batch {progress.batch} of an epoch, and these data make only "
+                f"{num_batches}; give it the data that it was begun with."
+            )
 
         def emit(kind: str, **fields: Any) -> None:
             for callback in callbacks:
@@ -259,26 +322,48 @@ class Trainer:
                     following = order[first + self.batch_size : first + 2 * self.batch_size]
                     upcoming = {name: values[following] for name, values in data.items()}
                 relaxation = self._train_batch(batch, upcoming, rate, record)
-                if not relaxation.status.ok:
+                while not relaxation.status.ok and self._may_halve():
+                    setbacks.halvings += 1
+                    self._set_inference_rate()
+                    fault = self._fault(relaxation)
+                    emit("halved", step=progress.step + 1, **fault, inference_rate=self._inference_rate)
+                    relaxation = self._train_batch(batch, upcoming, rate, record)
+                learnt = relaxation.status.ok
+                if not learnt and not self._may_skip(num_batches):
                     return self._failed(relaxation)
                 progress.batch += 1
                 progress.step += 1
-                progress.energy += sum(relaxation.energies) * len(rows)
-                progress.samples += len(rows)
-                if record and relaxation.trajectory is not None:
-                    emit("trajectory", step=progress.step, layers=list(names), energy=relaxation.trajectory)
-                emit(
-                    "batch",
-                    step=progress.step,
-                    epoch=progress.epoch + 1,
-                    energies=dict(zip(names, relaxation.energies, strict=True)),
-                    error_norms=dict(zip(names, relaxation.error_norms, strict=True)),
-                    inference_steps=relaxation.num_steps,
-                    learning_rate=rate,
-                )
+                if learnt:
+                    setbacks.in_a_row = 0
+                    progress.energy += sum(relaxation.energies) * len(rows)
+                    progress.samples += len(rows)
+                    if record and relaxation.trajectory is not None:
+                        emit(
+                            "trajectory", step=progress.step, layers=list(names), energy=relaxation.trajectory
+                        )
+                    emit(
+                        "batch",
+                        step=progress.step,
+                        epoch=progress.epoch + 1,
+                        energies=dict(zip(names, relaxation.energies, strict=True)),
+                        error_norms=dict(zip(names, relaxation.error_norms, strict=True)),
+                        inference_steps=relaxation.num_steps,
+                        learning_rate=rate,
+                    )
+                else:
+                    setbacks.skipped += 1
+                    setbacks.in_a_row += 1
+                    emit("skipped", step=progress.step, epoch=progress.epoch + 1, **self._fault(relaxation))
                 at_end = progress.batch == num_batches
                 due = save_every is not None and progress.step % save_every == 0
-                if save_to is not None and not at_end and (due or self._stop_requested):
+                saving = save_to is not None and not at_end and (due or self._stop_requested)
+                broken = _not_finite(self.engine.weights()) if saving or at_end else None
+                if broken is not None:
+                    where = f"after batch {progress.step} the weights of layer {broken!r} are NaN or infinite"
+                    advice = f"lower learning.rate (now {self.learning.rate:g})"
+                    message = f"{where}; go back to the last checkpoint, and {advice}."
+                    return self._result(Status.NON_FINITE, message, None)
+                if saving and save_to is not None:
                     self.save(save_to)
                 if self._stop_requested and not at_end:
                     return self._result(Status.STOPPED, Status.STOPPED.value, accuracy)
@@ -302,8 +387,8 @@ class Trainer:
         return self._result(Status.COMPLETED, f"{progress.epoch} epochs done", accuracy)
 
     def stop(self) -> None:
-        """Asks a running `fit` to save and return after the batch it is at; for signal handlers and
-        callbacks.
+        """Asks a running `fit`, or else the next one, to save and return after the batch it is at; for signal
+        handlers and callbacks.
         """
         self._stop_requested = True
 
@@ -334,7 +419,7 @@ class Trainer:
         if not net.sources_ahead and net.nodes[: net.num_roots] == (net.input_name,):
             return self.engine.predict(inputs)
         if self._asking is None:
-            asking = replace(self.inference, nudge=None, weights_at="end")
+            asking = replace(self.inference, nudge=None, weights_at="end", rate=self._inference_rate)
             self._asking = Engine(net, self.engine.weights(), asking, (net.input_name,))
         self._asking.load_weights(self.engine.weights())
         self._asking.relax({net.input_name: inputs})
@@ -352,17 +437,51 @@ class Trainer:
             relaxation = Relaxation(status, energies, norms, 0)
             self.engine.load_gradients(gradients)
         else:
-            self.engine.set_learning(rate, self.progress.step + 1)
+            self.engine.set_learning(rate, self._learning_step)
             seed = _seed(self.seed, self.progress.step) if self.inference.is_random else 0
             whole = self._in_whole_steps and not record
             self._spoilt = whole or self.inference.weights_at == "every_step"
             relaxation = self.engine.relax(batch, record, upcoming, seed, learn=whole)
             if relaxation.status.ok and not whole:
-                self.engine.learn(rate, self.progress.step + 1)
+                self.engine.learn(rate, self._learning_step)
             return relaxation
         if relaxation.status.ok:
-            self.engine.update(rate, self.progress.step + 1)
+            self.engine.update(rate, self._learning_step)
         return relaxation
+
+    # --- batches that go wrong ------------------------------------------------------------------------------
+
+    @property
+    def _learning_step(self) -> int:
+        """The number of the next learning step; Adam's counts no batches that were skipped."""
+        return self.progress.step + 1 - self.setbacks.skipped
+
+    @property
+    def _inference_rate(self) -> float:
+        return self.inference.rate * 0.5**self.setbacks.halvings
+
+    def _set_inference_rate(self) -> None:
+        """The halved rate for the engines, and the noise that goes with it."""
+        halved = replace(self.inference, rate=self._inference_rate)
+        for engine in (self.engine, self._asking):
+            if engine is not None:
+                engine.scalars.update({INFERENCE_RATE: halved.rate, NOISE: noise_scale(halved)})
+
+    def _may_halve(self) -> bool:
+        allowed = self.on_divergence == "halve_rate" and self.setbacks.halvings < MOST_HALVINGS
+        return allowed and _not_finite(self.engine.weights()) is None
+
+    def _may_skip(self, num_batches: int) -> bool:
+        """Not a whole epoch, which would be no training and have no mean energy."""
+        allowed = self.on_divergence == "skip_batch"
+        allowed = allowed and self.setbacks.in_a_row + 1 < min(MOST_SKIPPED, num_batches)
+        return allowed and _not_finite(self.engine.weights()) is None
+
+    def _fault(self, relaxation: Relaxation) -> dict[str, str]:
+        """What went wrong and where, for the record."""
+        energies = dict(zip(self.net.layer_names, relaxation.energies, strict=True))
+        worst = max(energies, key=lambda name: math.inf if math.isnan(energies[name]) else energies[name])
+        return {"status": relaxation.status.name, "layer": worst}
 
     def _order(self, num_samples: int, epoch: int) -> Tensor:
         return torch.randperm(num_samples, generator=torch.Generator().manual_seed(_seed(self.seed, epoch)))
@@ -376,19 +495,26 @@ class Trainer:
         return FitResult(status, message, self.progress.epoch, self.progress.step, accuracy)
 
     def _failed(self, relaxation: Relaxation) -> FitResult:
-        energies = dict(zip(self.net.layer_names, relaxation.energies, strict=True))
-        worst = max(energies, key=lambda name: math.inf if math.isnan(energies[name]) else energies[name])
-        advice = f"lower inference.rate (now {self.inference.rate:g})" + (
+        worst, broken = self._fault(relaxation)["layer"], _not_finite(self.engine.weights())
+        advice = f"lower inference.rate (now {self._inference_rate:g})" + (
             "" if relaxation.status is Status.DIVERGED else f" or learning.rate (now {self.learning.rate:g})"
         )
-        state = (
-            "the weights have moved with it, so go back to the last checkpoint"
-            if self._spoilt
-            else "the weights are those before this batch, and no checkpoint was written since"
-        )
+        if self._spoilt:
+            state = "the weights have moved with it, so go back to the last checkpoint"
+        elif broken is not None:
+            state = (
+                f"the weights of {broken!r} were NaN or infinite before, so go back to the last checkpoint"
+            )
+        else:
+            state = "the weights are those before this batch, and no checkpoint was written since"
+        tried = ""
+        if self.on_divergence == "halve_rate" and self.setbacks.halvings:
+            tried = f", after {self.setbacks.halvings} halvings of the rate"
+        if self.on_divergence == "skip_batch" and self.setbacks.in_a_row:
+            tried = f", after {self.setbacks.in_a_row} batches in a row that were skipped"
         message = (
-            f"batch {self.progress.step + 1}: {relaxation.status.value}, worst in layer {worst!r}; {state}; "
-            f"{advice}."
+            f"batch {self.progress.step + 1}: {relaxation.status.value}, worst in layer {worst!r}{tried}; "
+            f"{state}; {advice}."
         )
         return self._result(relaxation.status, message, None)
 
@@ -468,12 +594,21 @@ class Trainer:
     def save(self, folder: str | Path) -> Path:
         """Writes weights, learning state and progress to `folder`; the file there before survives any
         failure.
+
+        Raises CheckpointError where that cannot be written, ValueError for weights that are NaN or infinite.
         """
         path = Path(folder) / CHECKPOINT
-        path.parent.mkdir(parents=True, exist_ok=True)
         state = {"weights": self.engine.weights(), "learning": self.engine.learning_state()}
+        broken = _not_finite(state["weights"])
+        if broken is not None:
+            raise ValueError(
+                f"the weights of layer {broken!r} are NaN or infinite, so they are not written to {path}; "
+                "load the last checkpoint."
+            )
+        checkpoint.make_folder(path.parent)
         tensors = checkpoint.flatten({name: tree for name, tree in state.items() if tree})
-        checkpoint.write(path, tensors, {**self._description(), "progress": asdict(self.progress)})
+        counters = {"progress": asdict(self.progress), "setbacks": asdict(self.setbacks)}
+        checkpoint.write(path, tensors, {**self._description(), **counters})
         return path
 
     def _description(self) -> dict[str, Any]:
@@ -485,6 +620,7 @@ class Trainer:
             "batch_size": self.batch_size,
             "algorithm": self.algorithm,
             "clamped": list(self.clamped),
+            "on_divergence": self.on_divergence,
         }
 
 
@@ -505,18 +641,35 @@ def load(
     tensors, description = checkpoint.read(path)
 
     def refused(error: Exception) -> checkpoint.CheckpointError:
-        return checkpoint.CheckpointError(f"{path} does not hold a run of this version of pctt: {error}.")
+        reason = checkpoint.one_line(error).rstrip(".")
+        return checkpoint.CheckpointError(f"{path} does not hold a run of this version of pctt: {reason}.")
 
     try:
         tree = checkpoint.unflatten(tensors)
         net = from_dict(Network, description["network"], "network")
         check_weights(net, tree["weights"])
+        broken = _not_finite(tree["weights"])
+        if broken is not None:
+            raise ValueError(f"the weights of layer {broken!r} are NaN or infinite")
         inference = from_dict(Inference, description["inference"], "inference")
+        if inference.num_steps > MOST_STEPS:
+            raise ValueError(f"inference.num_steps is {inference.num_steps}; at most {MOST_STEPS} are loaded")
         learning = from_dict(Learning, description["learning"], "learning")
         progress = from_dict(Progress, description["progress"], "progress")
         settings = {name: description[name] for name in ("seed", "batch_size", "algorithm")}
-        settings["clamped"] = description.get("clamped")  # of a file from before there was a choice: None
-    except (KeyError, TypeError, ValueError) as error:
+        require_count("seed", settings["seed"])
+        require_count("batch_size", settings["batch_size"], least=1)
+        require_one_of("algorithm", settings["algorithm"], ALGORITHMS)
+        # Of files from before there was a choice these are absent.
+        settings["clamped"] = from_dict(tuple[str, ...] | None, description.get("clamped"), "clamped")
+        for name in settings["clamped"] or ():
+            net.node_index(name)
+        setbacks = from_dict(Setbacks, description.get("setbacks", {}), "setbacks")
+        on_divergence = description.get("on_divergence", "stop")
+        require_one_of("on_divergence", on_divergence, ON_DIVERGENCE)
+    except MemoryError:
+        raise
+    except Exception as error:  # hostile values reach every class of a description, hence any exception
         raise refused(error) from None
     trainer = Trainer(
         net,
@@ -534,8 +687,21 @@ def load(
         trainer.engine.load_learning_state(tree.get("learning", {}))
     except (TypeError, ValueError) as error:
         raise refused(error) from None
-    trainer.progress = progress
+    trainer.progress, trainer.setbacks = progress, setbacks
+    trainer.on_divergence = (
+        on_divergence  # not earlier: where it could not train, a run can still be evaluated
+    )
+    if setbacks.halvings:
+        trainer._set_inference_rate()  # pyright: ignore[reportPrivateUsage]
     return trainer
+
+
+def _not_finite(weights: Weights) -> str | None:
+    """The first layer whose weights are NaN or infinite."""
+    for name, layer in weights.items():
+        if not all(bool(torch.isfinite(values).all()) for values in layer.values()):
+            return name
+    return None
 
 
 def _seed(*numbers: int) -> int:

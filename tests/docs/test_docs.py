@@ -195,7 +195,7 @@ def test_every_command_and_option_named_in_the_text_exists(
     page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     help_texts = ""
-    for name in ("train", "eval", "generate", "recall", "plan", "doctor"):
+    for name in ("train", "eval", "generate", "recall", "plan", "profile", "dashboard", "doctor"):
         with pytest.raises(SystemExit) as ended:
             cli.main([name, "--help"])
         assert ended.value.code == 0
@@ -205,7 +205,8 @@ def test_every_command_and_option_named_in_the_text_exists(
         if re.match(r"(pctt |--)", code):
             assert set(re.findall(r"--[a-z-]+", code)) <= known, code
     asked: list[object] = []
-    for name in ("train", "evaluate", "generate", "recall", "plan", "doctor"):
+    commands = ("train", "evaluate", "generate", "recall", "plan", "profile", "dashboard", "doctor")
+    for name in commands:
         monkeypatch.setattr(cli, name, only_parsed(getattr(cli, name), asked))
     lines = [code for code in inline_code(page) if code.startswith("pctt ")]
     for line in lines:
