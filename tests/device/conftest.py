@@ -35,6 +35,8 @@ def _absent() -> str | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     absent = _absent()
     slow_dispatch = os.environ.get("TT_METAL_SLOW_DISPATCH_MODE") is not None
+    second_chip = "blackhole" in os.environ.get("TT_METAL_SIMULATOR", "")
+    all_chips = "PCTT_ALL_CHIPS" in os.environ
     for item in items:
         if HERE not in item.path.parents:  # the hook is handed every test of the run
             continue
@@ -42,6 +44,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("device"))  # only one process at a time can open a card
         if absent is not None:
             item.add_marker(pytest.mark.skip(reason=absent))
+        elif second_chip and not all_chips and item.get_closest_marker("one_chip"):
+            item.add_marker(
+                pytest.mark.skip(reason="runs on a simulated Wormhole; PCTT_ALL_CHIPS=1 runs it here too")
+            )
         elif slow_dispatch and item.get_closest_marker("fast_dispatch"):
             item.add_marker(
                 pytest.mark.skip(reason="TT_METAL_SLOW_DISPATCH_MODE is set, and traces need fast dispatch")

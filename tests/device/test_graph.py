@@ -114,11 +114,13 @@ def test_a_trajectory_agrees_with_the_emulation_and_the_reference(name: str) -> 
     assert_parity(*runs(NETWORKS[name]))
 
 
+@pytest.mark.one_chip
 @pytest.mark.parametrize("name", ["fixed", "exact", "epc", "gauss-seidel"])
 def test_variants_agree(name: str) -> None:
     assert_parity(*runs(NETWORKS["gated"], inference=variant(name, STEPS)))
 
 
+@pytest.mark.one_chip
 @pytest.mark.parametrize(
     ("learning", "inference"),
     [
@@ -180,6 +182,7 @@ def test_a_planted_fault_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) 
         assert_parity(wrong, emulated, reference)
 
 
+@pytest.mark.one_chip
 def test_a_trainer_trains_a_graph() -> None:
     """Two epochs of two batches, the second one smaller: weights change as on the emulation, as near as
     bfloat16 is to either.

@@ -140,6 +140,7 @@ def test_a_trajectory_agrees_with_the_emulation_and_the_reference(name: str) -> 
     assert_parity(net, run("tenstorrent", net), run("emulated", net), run("reference", net))
 
 
+@pytest.mark.one_chip
 @pytest.mark.parametrize(
     "learning",
     [SGD(0.1, momentum=0.9, weight_decay=0.01), Adam(0.01, weight_decay=0.1)],
@@ -152,6 +153,7 @@ def test_learning_rules_agree(learning: Learning) -> None:
     assert_parity(net, *runs)
 
 
+@pytest.mark.one_chip
 @pytest.mark.parametrize("network", ["tanh at the input", "gelu at the output"])
 @pytest.mark.parametrize("name", ["fixed", "exact", "zil", "ipc", "epc", "gauss-seidel", "boosted"])
 def test_variants_agree(name: str, network: str) -> None:

@@ -472,6 +472,8 @@ def test_the_tables_of_records_and_of_json_lines_are_what_a_run_writes(
     for command in ("generate", "recall"):
         assert cli.main([command, "generative", "--count", "2", "--steps", "3", "--json"]) == 0
         printed |= {(f"pctt {command}", kind): fields for kind, fields in json_lines(capsys).items()}
+    assert cli.main(["dashboard", "run", "--json"]) == 0
+    printed |= {("pctt dashboard", kind): fields for kind, fields in json_lines(capsys).items()}
     assert cli.main(["doctor", "--json"]) == 0
     printed |= {("pctt doctor", kind): fields for kind, fields in json_lines(capsys).items()}
     assert printed == documented_fields("Command", "Kind", "Field", "Meaning")
@@ -484,6 +486,7 @@ def json_lines(capsys: pytest.CaptureFixture[str]) -> dict[str, set[str]]:
 
 def test_the_run_folder_holds_what_the_page_lists(place: Path) -> None:
     assert cli.main(["train", "digits", "--epochs", "1", "--out", "run", "--tensorboard"]) == 0
+    assert cli.main(["dashboard", "run"]) == 0
     listed = {row[0].strip("/") for row in tables(RUNS, "File", "Holds")}
     assert {path.name for path in (place / "run").iterdir()} == listed
 
