@@ -362,6 +362,24 @@ MEMORY = [
 ]
 
 
+def test_what_the_host_sees_lies_as_in_the_ttnn_path() -> None:
+    """Each core holds its own weights and errors, whichever path runs. Only the transposed copies of weights
+    and the numbers that TT-NN reads from the card have no counterpart.
+    """
+    case = CASES["tanh at the input"]
+    fused, single = engine_of(case), engine_of(case, "tenstorrent")
+    rows = single.backend.rows(case.rows)
+    compared = 0
+    for name, buffer in single.program.buffers.items():
+        if name not in fused.program.buffers:
+            continue
+        ours, theirs = (engine.backend.allocate(buffer, rows).tensor for engine in (fused, single))
+        assert ours.memory_config() == theirs.memory_config(), name
+        assert (ours.shape, ours.dtype, ours.layout) == (theirs.shape, theirs.dtype, theirs.layout), name
+        compared += 1
+    assert compared >= 10
+
+
 @pytest.mark.parametrize("case", MEMORY, ids=lambda case: f"{max(case.net.widths)} wide")
 def test_what_is_allocated_is_what_was_predicted(case: Case, device: Any) -> None:
     """To the byte: tensors, instructions and counters, all in L1. Circular buffers are not allocated by the
