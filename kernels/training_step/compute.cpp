@@ -72,7 +72,6 @@ ALWI void write_to(uint32_t window, uint32_t address) {
     PACK((get_local_cb_interface(window).fifo_wr_ptr = address >> 4));
 }
 
-
 ALWI void product(Words words, Standing& standing, [[maybe_unused]] Work& work) {
     const uint32_t sizes = words[3], steps = words[4], flags = words[5];
     const uint32_t rows = sizes & 0xff, inner = (sizes >> 8) & 0xff, columns = (sizes >> 16) & 0xff;
