@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pctt import ask, checkpoint, plots, record
 from pctt.backends import DeviceLost
-from pctt.config import RunConfig, from_dict, parse_value, read_toml, to_dict
+from pctt.config import RunConfig, from_dict, to_dict
 from pctt.dashboard.command import dashboard
-from pctt.data import Dataset, Split, load, split_validation
+from pctt.data import Dataset, Split, split_validation
 from pctt.doctor import examine
 from pctt.engine import Status
 from pctt.inference import Inference
@@ -36,11 +36,22 @@ from pctt.placement.draw import SUFFIXES, save_picture
 from pctt.placement.fused_cost import fused_placement
 from pctt.placement.fused_report import FusedReport
 from pctt.placement.plan import plan as make_plan
-from pctt.presets import PRESETS
 from pctt.profile.command import profile
 from pctt.report import CURVES, Asking, Reporter, described, draw, print_json, say_error
 from pctt.run import CHECKPOINT, FitResult, Trainer
 from pctt.run import load as load_run
+from pctt.typed import (
+    FAILED,
+    OK,
+    SHAPES,
+    USAGE,
+    UsageError,
+    assignments,
+    configuration,
+    elsewhere,
+    load_data,
+    override,
+)
 from pctt.variants import VARIANTS
 
 try:
@@ -51,12 +62,7 @@ except ModuleNotFoundError:  # said by `main`
         return settings
 
 
-OK, FAILED, USAGE = 0, 1, 2
 CONFIG = "config.json"
-
-
-class UsageError(ValueError):
-    """The command line asked for something that cannot be; exit code 2."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,8 +144,8 @@ def train(
         fused: On a card, run every training step as one program of our own.
         json: Print JSON lines instead of text.
     """
-    config = _override(
-        _configuration(what),
+    config = override(
+        configuration(what),
         {
             "data.name": data,
             "data.data_dir": data_dir,
@@ -152,7 +158,7 @@ def train(
             "training.seed": seed,
             "training.tensorboard": tensorboard or None,
             "training.fused": fused or None,
-            **_assignments(set),
+            **assignments(set),
         },
     )
     folder = _run_folder(out, Path(what).stem, resume)
@@ -163,7 +169,7 @@ def train(
                 held.enter_context(checkpoint.hold(folder))
             if resume:
                 config = _resumed_configuration(folder, config)
-            dataset = _load_data(config)
+            dataset = load_data(config)
             trainer, is_new = _trainer(config, dataset, folder, resume)
             if is_new and not resume:  # the folder is made no earlier, so that a refusal leaves none
                 checkpoint.make_folder(folder)
@@ -310,10 +316,10 @@ def evaluate(
         data_dir: Folder of the data files; else the one of the run, else PCTT_DATA.
         json: Print one JSON object instead of text.
     """
-    config = _override(_saved_configuration(run), {"data.data_dir": data_dir})
-    config = _elsewhere(config, backend, device)
-    trainer = load_run(run, config.training.backend, config.training.device, config.precision)
-    dataset = _load_data(config)
+    config = override(_saved_configuration(run), {"data.data_dir": data_dir})
+    config = elsewhere(config, backend, device)
+    trainer = _loaded(run, config)
+    dataset = load_data(config)
     accuracy = _accuracy(config, trainer, dataset.test)
     if accuracy is None:
         raise ValueError(
@@ -336,10 +342,6 @@ def evaluate(
             f"after {trainer.progress.epoch} epochs; {described(trainer)}."
         )
     return OK
-
-
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
-"""(channels, height, width); a plan needs no more of the data, so their files need not be there."""
 
 
 def generate(
@@ -493,9 +495,9 @@ def recall(
 
 
 def _asked(run: Path, data_dir: str | None) -> tuple[RunConfig, Trainer, Dataset, ask.Roles]:
-    config = _override(_saved_configuration(run), {"data.data_dir": data_dir})
+    config = override(_saved_configuration(run), {"data.data_dir": data_dir})
     trainer = load_run(run)
-    return config, trainer, _load_data(config), _roles(config, trainer.net)
+    return config, trainer, load_data(config), _roles(config, trainer.net)
 
 
 def _picture_path(asked: Path | None, otherwise: Path) -> Path:
@@ -583,12 +585,12 @@ def plan(
         fused: As one program of our own would run it, not as operations of TT-NN.
         json: Print one JSON object instead of text.
     """
-    config = _override(_configuration(what), {"training.batch_size": batch_size, **_assignments(set)})
+    config = override(configuration(what), {"training.batch_size": batch_size, **assignments(set)})
     if chip not in CHIPS:
         raise UsageError(f"chip must be one of {', '.join(CHIPS)}, got {chip!r}.")
     if picture is not None and picture.suffix.lower() not in SUFFIXES:
         raise UsageError(f"a picture's name must end in .svg or .png, got {picture.name!r}; rename it.")
-    net = config.network(SHAPES.get(config.data.name) or _load_data(config).shape)
+    net = config.network(SHAPES.get(config.data.name) or load_data(config).shape)
     size, rules = config.training.batch_size, (config.inference, config.learning, config.precision)
     if fused:
         placement = fused_placement(net, chip, config.training.cores_per_layer, size, *rules)
@@ -625,66 +627,6 @@ def doctor(*, data_dir: str | None = None, json: bool = False) -> int:
 
 
 # --- configuration ------------------------------------------------------------------------------------------
-
-
-def _configuration(what: str) -> RunConfig:
-    if what in PRESETS:
-        return PRESETS[what]()
-    if not what.endswith(".toml"):
-        raise UsageError(
-            f"{what!r} is neither a preset ({', '.join(PRESETS)}) nor the path of a .toml configuration; "
-            "give one of those."
-        )
-    try:
-        return read_toml(Path(what))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def _assignments(settings: tuple[str, ...]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator or not key:
-            raise UsageError(f"--set takes key=value pairs such as inference.rate=0.05, got {setting!r}.")
-        values[key.strip()] = parse_value(text.strip())
-    return values
-
-
-def _override(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """`config` with the given dotted keys replaced; None leaves a key as it is."""
-    entries = to_dict(config)
-    for key, value in sorted(values.items(), key=lambda item: not item[0].endswith("kind")):
-        if value is None:
-            continue
-        *path, last = key.split(".")
-        table = entries
-        for part in path:
-            table = table.setdefault(part, {}) if isinstance(table, dict) else None
-        if not isinstance(table, dict):
-            raise UsageError(f"there is no setting {key}.")
-        if last == "kind" and table.get("kind") != value:
-            table.clear()  # the settings of another kind
-        table[last] = value
-    try:
-        return from_dict(RunConfig, entries)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def _elsewhere(config: RunConfig, backend: str | None, device: str | None) -> RunConfig:
-    """`config` on another backend or device. A device and a precision belong to the backend they are for."""
-    before = config.training
-    backend = backend or before.backend
-    device = device or (before.device if backend == before.backend else None)
-    try:
-        fused = before.fused and backend != "reference"
-        cores = before.cores_per_layer if fused else None
-        training = replace(before, backend=backend, device=device, fused=fused, cores_per_layer=cores)
-        precision = None if backend == "reference" else config.precision
-        return replace(config, training=training, precision=precision)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 def _write_configuration(path: Path, config: RunConfig) -> None:
@@ -770,25 +712,17 @@ def _refuse_used(folder: Path) -> None:
         )
 
 
-def _load_data(config: RunConfig) -> Dataset:
-    if config.data.name == "digits" and config.data.data_dir is not None:
-        say_error("data_dir has no effect on digits, which comes with scikit-learn")
-        return load(config.data.name)
-    return load(config.data.name, config.data.data_dir)
+def _loaded(folder: Path, config: RunConfig) -> Trainer:
+    """The trainer of a run, where its configuration says."""
+    where = config.training
+    return load_run(folder, where.backend, where.device, config.precision, where.fused, where.cores_per_layer)
 
 
 def _trainer(config: RunConfig, dataset: Dataset, folder: Path, resume: bool) -> tuple[Trainer, bool]:
     """The trainer of a run, and whether the run begins here."""
     settings = config.training
     if resume and (folder / CHECKPOINT).is_file():
-        trainer = load_run(
-            folder,
-            settings.backend,
-            settings.device,
-            config.precision,
-            settings.fused,
-            settings.cores_per_layer,
-        )
+        trainer = _loaded(folder, config)
         trainer.on_divergence = settings.on_divergence
         if trainer.progress.epoch > settings.epochs:
             done = trainer.progress.epoch

@@ -108,3 +108,18 @@ class Categorical:
 
 
 Energy = Gaussian | Categorical
+
+
+def constant(energy: Energy, units: int) -> float:
+    """What does not depend on errors: -1/2 log|P| at the start, 0 of a cross-entropy."""
+    return -0.5 * energy.log_determinant(units) if isinstance(energy, Gaussian) else 0.0
+
+
+def from_sums(energy: Energy, square: float, other: float, constant: float) -> float:
+    """A layer's energy, batch mean: F = 1/2 mean e'Pe + constant, or the mean cross-entropy.
+
+    square, other: batch means of e'e, and of e'Pe or the cross-entropy.
+    """
+    if isinstance(energy, Categorical):
+        return other
+    return 0.5 * (square if energy.is_unit else other) + constant

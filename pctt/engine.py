@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pctt import energies
 from pctt.assemble import assemble
 from pctt.backends import backend as open_backend
 from pctt.backends.precision import PrecisionPolicy
-from pctt.energies import Categorical, Gaussian
+from pctt.energies import Gaussian
 from pctt.groups import Layout, is_row, weight_of
 from pctt.inference import Inference
 from pctt.inference.settings import noise_scale
@@ -187,9 +188,8 @@ class Engine:
         ]
         shapes = net.weight_shapes()
         self._owners = [home for home in self._layers if home.name in shapes]
-        self._fixed_constants = [  # -1/2 log|P| per layer
-            -0.5 * layer.energy.log_determinant(layer.units) if isinstance(layer.energy, Gaussian) else 0.0
-            for layer in (home.layer for home in self._layers)
+        self._fixed_constants = [
+            energies.constant(home.layer.energy, home.layer.units) for home in self._layers
         ]
         self.load_weights(weights)
 
@@ -431,7 +431,8 @@ class Engine:
         first, _ = self._energies(batch, "initial_")
         last, squares = self._energies(batch)
         norms = [math.sqrt(square) for square in squares]
-        return Relaxation(self._judge(status, first, last), last, norms, steps, trajectory)
+        judged = judge(status, first, last, sum(self._constants), self.inference)
+        return Relaxation(judged, last, norms, steps, trajectory)
 
     def write_errors(self, errors: Mapping[str, Tensor]) -> None:
         """Replaces the errors of the last relaxed batch, [B, units] per predicted node."""
@@ -566,18 +567,11 @@ class Engine:
         return run
 
     def _energies(self, batch: _Batch, when: str = "") -> tuple[list[float], list[float]]:
-        """Energy and e'e per layer, batch mean: F_l = 1/2 (mean e'Pe - log|P|), or the mean cross-entropy."""
+        """Energy and e'e per layer, batch mean."""
         squares = self._sums(batch, f"{when}square")
         weighted = self._sums(batch, f"{when}energy")
-        energies: list[float] = []
-        for home, square, other, constant in zip(
-            self._layers, squares, weighted, self._constants, strict=True
-        ):
-            if isinstance(home.layer.energy, Categorical):
-                energies.append(other)
-            else:
-                energies.append(0.5 * (square if home.layer.energy.is_unit else other) + constant)
-        return energies, squares
+        parts = zip(self._layers, squares, weighted, self._constants, strict=True)
+        return [energies.from_sums(home.layer.energy, *numbers) for home, *numbers in parts], squares
 
     def _sums(self, batch: _Batch, role: str) -> list[float]:
         """Per layer, batch mean; 0 where a layer's energy follows from its squares."""
@@ -596,14 +590,20 @@ class Engine:
             sums.append(found[buffer.name][slot.start] * self.scalars[PER_SAMPLE])
         return sums
 
-    def _judge(self, status: Status, first: list[float], last: list[float]) -> Status:
-        if not math.isfinite(sum(last)):
-            return Status.NON_FINITE
-        constant = sum(self._constants)
-        before, after = sum(first) - constant, sum(last) - constant
-        if self.inference.descends and after > DIVERGENCE_FACTOR * max(before, 1e-30):
-            return Status.DIVERGED
-        return status
+
+def judge(
+    status: Status, first: list[float], last: list[float], constant: float, inference: Inference
+) -> Status:
+    """`status`, unless the relaxation went wrong. first, last: energies per layer at its start and end.
+
+    constant: what in their sums does not depend on errors.
+    """
+    if not math.isfinite(sum(last)):
+        return Status.NON_FINITE
+    before, after = sum(first) - constant, sum(last) - constant
+    if inference.descends and after > DIVERGENCE_FACTOR * max(before, 1e-30):
+        return Status.DIVERGED
+    return status
 
 
 def _is_persistent(buffer: Buffer) -> bool:

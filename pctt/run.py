@@ -484,7 +484,7 @@ class Trainer:
         return {"status": relaxation.status.name, "layer": worst}
 
     def _order(self, num_samples: int, epoch: int) -> Tensor:
-        return torch.randperm(num_samples, generator=torch.Generator().manual_seed(_seed(self.seed, epoch)))
+        return batch_order(self.seed, epoch, num_samples)
 
     def _accuracy(self, inputs: Tensor, labels: Tensor) -> float:
         last = self.net.shapes[self.net.output_index][-1]
@@ -702,6 +702,11 @@ def _not_finite(weights: Weights) -> str | None:
         if not all(bool(torch.isfinite(values).all()) for values in layer.values()):
             return name
     return None
+
+
+def batch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
+    """The order in which an epoch takes the samples, drawn from (seed, epoch)."""
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(_seed(seed, epoch)))
 
 
 def _seed(*numbers: int) -> int:

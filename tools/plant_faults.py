@@ -88,6 +88,7 @@ DYNAMICS = "pctt/inference/dynamics.py"
 STATE = "pctt/state.py"
 STEPS = "pctt/inference/steps.py"
 ENGINE = "pctt/engine.py"
+ENERGIES = "pctt/energies.py"
 REFERENCE = "pctt/backends/reference.py"
 LOWERING = "pctt/backends/lowering.py"
 GRAPH_LOWERING = "pctt/backends/graph_lowering.py"
@@ -154,8 +155,8 @@ FAULTS = (
         "_matmul(instruction, outs[0], a.mT, b, addend, scalars)",
         "_matmul(instruction, outs[0], b.mT, a, addend, scalars)",
     ),
-    Fault("energy-without-half", "factor", ENGINE, "(0.5 * (square", "(1.0 * (square"),
-    Fault("log-precision-sign", "factor", ENGINE, "-0.5 * layer.energy.log", "+0.5 * layer.energy.log"),
+    Fault("energy-without-half", "factor", ENERGIES, "return 0.5 * (square", "return 1.0 * (square"),
+    Fault("log-precision-sign", "factor", ENERGIES, "-0.5 * energy.log", "+0.5 * energy.log"),
     Fault("gradient-not-per-sample", "factor", ENGINE, ", 1.0 / batch_size", ", 1.0"),
     Fault(
         "rate-twice",
@@ -323,7 +324,7 @@ FAULTS = (
     Fault(
         "log-determinant-halved",
         "energies",
-        "pctt/energies.py",
+        ENERGIES,
         "return float(torch.linalg.slogdet(self.matrix(units)).logabsdet)",
         "return 0.5 * float(torch.linalg.slogdet(self.matrix(units)).logabsdet)",
     ),
@@ -454,8 +455,8 @@ FAULTS = (
         "every-epoch-in-the-same-order",
         "resume",
         "pctt/run.py",
-        "manual_seed(_seed(self.seed, epoch))",
-        "manual_seed(_seed(self.seed, 0))",
+        "manual_seed(_seed(seed, epoch))",
+        "manual_seed(_seed(seed, 0))",
     ),
     Fault(
         "checkpoint-written-in-place",

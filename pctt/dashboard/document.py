@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from pctt.checkpoint import make_folder, replace_file
 from pctt.dashboard import parts
 from pctt.dashboard.chart import SMALL, Chart, Series
 from pctt.dashboard.folder import Run, read
@@ -71,14 +70,8 @@ def render(runs: Sequence[Run]) -> str:
 
 def write(text: str, path: Path) -> Path:
     """Writes a page; the file there before survives any failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:  # after a successful replace there is nothing left to remove
-        with suppress(OSError):
-            temporary.unlink()
+    make_folder(path.parent)
+    replace_file(path, text.encode(), "page")
     return path
 
 

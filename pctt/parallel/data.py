@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from pctt.layers.block import Expression
 from pctt.layers.maps import NormaliseBatch
 from pctt.network import Weights
 from pctt.parallel.group import Group
-from pctt.run import Callback, FitResult, Trainer
+from pctt.run import Callback, FitResult, Trainer, batch_order
 
 FAILURES = (Status.NON_FINITE, Status.DIVERGED)  # the worse one first
 
@@ -156,7 +155,7 @@ class DataParallel:
 
         while progress.epoch < epochs:
             started = time.perf_counter()
-            order = _order(trainer.seed, progress.epoch, num_samples)
+            order = batch_order(trainer.seed, progress.epoch, num_samples)
             for rows in order.split(trainer.batch_size)[progress.batch :]:
                 factor = trainer.learning.schedule.factor(progress.step, epochs * num_batches)
                 self.engine.set_nudge(progress.step / max(1, epochs * num_batches - 1))
@@ -245,9 +244,3 @@ def _nodes(trainer: Trainer, data: Mapping[str, Tensor] | tuple[Tensor, Tensor])
             raise ValueError(f"{name!r} takes {units} numbers a sample, got {list(values.shape[1:])}.")
         nodes[name] = values.flatten(1).to(trainer.engine.dtype)
     return nodes
-
-
-def _order(seed: int, epoch: int, num_samples: int) -> Tensor:
-    """That of `Trainer`, drawn from (seed, epoch)."""
-    entropy = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(entropy))

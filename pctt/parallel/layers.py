@@ -16,11 +16,12 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
+from pctt import energies
 from pctt.assemble import assemble
 from pctt.backends.operations import one_after_the_other
 from pctt.backends.reference import Reference
-from pctt.energies import Categorical, Gaussian
-from pctt.engine import DIVERGENCE_FACTOR, Relaxation, Status
+from pctt.energies import Gaussian
+from pctt.engine import Relaxation, Status, judge
 from pctt.groups import layout
 from pctt.inference import Inference
 from pctt.initialisers import init
@@ -207,25 +208,14 @@ class LayerParallel:
             for pair in ((before, before_energy), (after, after_energy))
         )
         constant = sum(self._constant(index) for index in self.net.indices)
-        status = Status.COMPLETED
-        if not math.isfinite(sum(last)):
-            status = Status.NON_FINITE
-        elif self.inference.descends:
-            bound_on_end = DIVERGENCE_FACTOR * max(sum(first) - constant, 1e-30)
-            status = Status.DIVERGED if sum(last) - constant > bound_on_end else status
+        status = judge(Status.COMPLETED, first, last, constant, self.inference)
         return Relaxation(status, last, [math.sqrt(square) for square in after], self._program.num_steps)
 
     def _energy(self, index: int, sums: tuple[float, float]) -> float:
-        square, other = sums
-        energy = self._rule(index).energy
-        if isinstance(energy, Categorical):
-            return other
-        return 0.5 * (square if energy.is_unit else other) + self._constant(index)
+        return energies.from_sums(self._rule(index).energy, *sums, self._constant(index))
 
     def _constant(self, index: int) -> float:
-        """-1/2 log|P|"""
-        energy = self._rule(index).energy
-        return -0.5 * energy.log_determinant(self.net.widths[index]) if isinstance(energy, Gaussian) else 0.0
+        return energies.constant(self._rule(index).energy, self.net.widths[index])
 
     # --- this rank's part of the program --------------------------------------------------------------------
 

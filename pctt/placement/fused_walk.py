@@ -234,6 +234,24 @@ Key = tuple[int, object]
 Pause = Generator["float | tuple[Key, int]", None, None]
 
 
+READING = "reading"
+"""An instruction, before its core waits and works."""
+
+WAITING = "waiting"
+"""For other cores, or for results of its own."""
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What a compute kernel does from one cycle to another, at a position of the sequence of sections."""
+
+    core: int
+    position: int
+    what: str
+    start: float
+    stop: float
+
+
 class Walk:
     """Carries out a sequence of sections on all cores.
 
@@ -242,6 +260,7 @@ class Walk:
     waited: cycles that compute kernels waited, by core, section, place of the instruction there, and for
         what: "go", for what other cores send or for what is still being sent, or "done", for results of
         their own.
+    doings: of the compute kernels, in the order in which they end.
     """
 
     def __init__(self, sections: Sequence[Sequence[Words]], noc: Noc, overheads: Overheads) -> None:
@@ -254,6 +273,7 @@ class Walk:
         self.now = self.total = 0.0
         self.waited: dict[tuple[int, int, int, str], float] = defaultdict(float)
         self.ends = [0.0] * len(sequence)
+        self.doings: list[Doing] = []
         self._heap: list[tuple[float, int, Key | None, Pause | None]] = []
         self._pushed = 0
         self._there: dict[Key, int] = defaultdict(int)
@@ -313,12 +333,15 @@ class Walk:
         packed = 0.0
         for position, section in enumerate(sequence):
             for number, step in enumerate(self.sections[section][core].compute):
+                before = self.now
                 yield self.overheads.instruction
+                self._did(core, position, READING, before)
                 for what, needed in (("go", int(step.go)), ("done", step.done)):
                     if needed:
                         before = self.now
                         yield (core, what), needed
                         self.waited[core, section, number, what] += self.now - before
+                        self._did(core, position, WAITING, before)
                 if step.code == "END":
                     self.ends[position] = max(self.ends[position], self.now)
                     continue
@@ -331,6 +354,11 @@ class Walk:
                 if step.send:
                     self._post(packed - start + self.overheads.token, core, "send")
                 yield end - start
+                self._did(core, position, step.code.lower(), start)
+
+    def _did(self, core: int, position: int, what: str, start: float) -> None:
+        if self.now > start:
+            self.doings.append(Doing(core, position, what, start, self.now))
 
     def _writer(self, core: int, sequence: Sequence[int]) -> Pause:
         o = self.overheads

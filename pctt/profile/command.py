@@ -23,6 +23,7 @@ from pctt.profile.measuring import measure
 from pctt.profile.picture import draw_profile
 from pctt.profile.result import Profile
 from pctt.report import print_json, say_error
+from pctt.typed import OK, SHAPES, UsageError, assignments, configuration, elsewhere, load_data, override
 
 DEVICE_LOG = Path(".logs") / "profile_log_device.csv"
 """What TT-Metalium's own profiler writes, below its folder."""
@@ -55,10 +56,7 @@ def profile(
         out: Folder for profile.json, trace.json and profile.svg; else runs/profile-NAME-1, -2, ...
         json: Print one JSON object instead of text.
     """
-    # The command line registers this function, so it is there by now.
-    from pctt.cli import OK, UsageError
-
-    config = _configuration(what, backend, device, fused, batch_size, set)
+    config = _asked(what, backend, device, fused, batch_size, set)
     if batches < 1:
         raise UsageError(f"--batches must be at least 1, got {batches}.")
     folder = _folder(out, Path(what).stem)
@@ -77,7 +75,7 @@ def profile(
     return OK
 
 
-def _configuration(
+def _asked(
     what: str,
     backend: str | None,
     device: str | None,
@@ -85,15 +83,13 @@ def _configuration(
     batch_size: int | None,
     settings: tuple[str, ...],
 ) -> RunConfig:
-    from pctt import cli
-
-    config = cli._configuration(what)  # pyright: ignore[reportPrivateUsage]
-    values = {"training.batch_size": batch_size, **cli._assignments(settings)}  # pyright: ignore[reportPrivateUsage]
-    config = cli._override(config, values)  # pyright: ignore[reportPrivateUsage]
-    config = cli._elsewhere(config, backend, device)  # pyright: ignore[reportPrivateUsage]
-    config = cli._override(config, {"training.fused": fused or None})  # pyright: ignore[reportPrivateUsage]
+    config = configuration(what)
+    values = {"training.batch_size": batch_size, **assignments(settings)}
+    config = override(config, values)
+    config = elsewhere(config, backend, device)
+    config = override(config, {"training.fused": fused or None})
     if config.training.algorithm != "pc":
-        raise cli.UsageError(
+        raise UsageError(
             "a profile is of predictive coding; drop training.algorithm=backprop, or see tools/bench.py."
         )
     return config
@@ -101,21 +97,19 @@ def _configuration(
 
 def _engine(config: RunConfig) -> tuple[Engine, dict[str, Tensor]]:
     """The engine that `pctt train` would run, and a batch of random samples."""
-    from pctt import cli
-
     settings = config.training
     if settings.backend == "tenstorrent" and is_mock():
         raise BackendUnavailable(
             "ttnn's mock device computes nothing, so there is nothing to time; unset "
             "TT_METAL_MOCK_CLUSTER_DESC_PATH to use a card, or use --backend emulated."
         )
-    shape = cli.SHAPES.get(config.data.name)
+    shape = SHAPES.get(config.data.name)
     if shape is None:
-        shape = cli._load_data(config).shape  # pyright: ignore[reportPrivateUsage]
+        shape = load_data(config).shape
     try:
         net = config.network(shape)
     except ValueError as error:
-        raise cli.UsageError(str(error)) from None
+        raise UsageError(str(error)) from None
     engine = Engine(
         net,
         init(net, settings.seed, config.init.scheme, config.init.gain),
@@ -165,8 +159,6 @@ def _device_profiler(engine: Engine) -> list[str]:
 
 
 def _folder(out: Path | None, name: str) -> Path:
-    from pctt.cli import UsageError
-
     if out is None:
         number = 1
         while (Path("runs") / f"profile-{name}-{number}").exists():

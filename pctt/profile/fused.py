@@ -3,54 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pctt.backends.fused_plan import FusedPlan
 from pctt.engine import Engine
 from pctt.network import INPUT
 from pctt.placement.fused_cost import AFTER, BEFORE, FusedPlacement, fused_placement
-from pctt.placement.fused_walk import Pause, Walk
-from pctt.profile.result import WAITING, Part, Profile, Section, Span
-
-OVERHEAD = "reading"
-"""An instruction, before it waits and works."""
-
-
-@dataclass(frozen=True)
-class Doing:
-    """What a core does from one cycle to another, at a position of the sequence of sections."""
-
-    core: int
-    position: int
-    what: str
-    start: float
-    stop: float
-
-
-class WatchedWalk(Walk):
-    """A walk that keeps what its compute kernels do. It only looks on, so its times are those of the walk."""
-
-    def watch(self, sequence: Sequence[int]) -> list[Doing]:
-        self._seen: list[Doing] = []
-        self.run(sequence)
-        return self._seen
-
-    def _compute(self, core: int, sequence: Sequence[int]) -> Pause:
-        """Of each instruction the kernel pauses to read it, then to wait for what it needs, then to do it;
-        only END has no work.
-        """
-        pauses = super()._compute(core, sequence)
-        for position, section in enumerate(sequence):
-            for step in self.sections[section][core].compute:
-                waits = int(step.go > 0) + int(step.done > 0)
-                work = [] if step.code == "END" else [step.code.lower()]
-                for what in (OVERHEAD, *[WAITING] * waits, *work):
-                    start = self.now
-                    yield next(pauses)
-                    if self.now > start:
-                        self._seen.append(Doing(core, position, what, start, self.now))
-        yield from pauses  # what follows the last pause
+from pctt.placement.fused_walk import WAITING, Doing
+from pctt.profile.result import Part, Profile, Section, Span
 
 
 def predicted(engine: Engine, batch_size: int, batches: int, whole: float, notes: tuple[str, ...]) -> Profile:
@@ -71,9 +30,9 @@ def predicted(engine: Engine, batch_size: int, batches: int, whole: float, notes
         engine.learning,
         backend.policy,
     )
-    walk = WatchedWalk(placement.sections, placement.noc, placement.overheads)
     sequence = placement.sequence
-    seen = walk.watch(sequence)
+    walk = placement.run(sequence)
+    seen = walk.doings
     names, hertz = _names(placement), placement.chip.clock_hz
     nodes = [name for node, name in enumerate(engine.net.nodes) for _ in placement.cores.of(node)]
     across, down = placement.chip.grid

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pctt.placement.fused_walk import WAITING
 from pctt.plots import COLOURS, GREY, _matplotlib
-from pctt.profile.result import WAITING, Part, Profile
+from pctt.profile.result import Part, Profile
 
 OTHERS = "others"
 MOST_NAMES = 40  # beside one another; of more bars not every one is named

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pctt.placement.fused_walk import WAITING
+
 WIDTH = 110
 NAME = 22  # columns of a name in a table
 OUTSIDE = "outside sections"
 """Of a training step all that is no section: data to the buffers, energies back to the host, Python."""
-
-WAITING = "waiting"
-"""Of a core in the fused kernel: for others, or for results of its own."""
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from pctt import Adam, Dense, Engine, Inference, Network, chain, init, presets
 from pctt.backends.operations import BackendUnavailable
 from pctt.cli import UsageError
 from pctt.placement.fused_cost import fused_placement
+from pctt.placement.fused_walk import WAITING
 from pctt.placement.plan import plan
 from pctt.profile import Profile, measure
 from pctt.profile.command import profile as command
-from pctt.profile.fused import WatchedWalk
 from pctt.profile.measuring import Stopwatch, training_step
 from pctt.profile.owners import WHOLE, Owners
-from pctt.profile.result import OUTSIDE, WAITING, WIDTH
+from pctt.profile.result import OUTSIDE, WIDTH
 from pctt.variants import VARIANTS
 
 NET = chain(5, [*[Dense(6, "tanh")] * 3, Dense(4)])
@@ -293,8 +293,8 @@ def test_the_fused_kernel_is_predicted_as_pctt_plan_does(fused: tuple[Engine, Pr
 
 def test_watching_the_walk_changes_nothing_in_it_and_sees_every_wait() -> None:
     placement = fused_placement(NET, "n150", 1, BATCH, Inference(5, 0.1), Adam(1e-3))
-    walk = WatchedWalk(placement.sections, placement.noc, placement.overheads)
-    seen, plain = walk.watch(placement.sequence), placement.run(placement.sequence)
+    walk, plain = placement.run(placement.sequence), placement.run(placement.sequence)
+    seen = walk.doings
     assert walk.ends == plain.ends and walk.total == plain.total
     waited = Counter[int]()
     for (core, *_), cycles in plain.waited.items():

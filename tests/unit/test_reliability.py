@@ -355,7 +355,7 @@ def test_ctrl_c_while_data_are_loaded_is_one_sentence(tiny, tmp_path, capsys, mo
     def interrupt(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load_data", interrupt)
+    monkeypatch.setattr(cli, "load_data", interrupt)
     assert train(tiny, "--out", tmp_path / "run") == cli.FAILED
     assert capsys.readouterr().err == "pctt: interrupted; no run had begun.\n"
     assert not (tmp_path / "run").exists()
@@ -500,14 +500,14 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(server, tin
 @POSIX
 def test_of_two_new_runs_in_one_folder_the_later_is_refused(tiny, tmp_path, capsys, monkeypatch):
     """Both have seen an empty folder: one while the other is at work, one after it has ended."""
-    out, load = tmp_path / "run", cli._load_data
+    out, load = tmp_path / "run", cli.load_data
 
     def slow(config):
-        monkeypatch.setattr(cli, "_load_data", load)
+        monkeypatch.setattr(cli, "load_data", load)
         assert train(tiny, "--out", out) == cli.OK
         return load(config)
 
-    monkeypatch.setattr(cli, "_load_data", slow)
+    monkeypatch.setattr(cli, "load_data", slow)
     assert train(tiny, "--out", out) == cli.USAGE
     assert "exists already" in capsys.readouterr().err
     with checkpoint.hold(tmp_path):
