@@ -1,133 +1,40 @@
 """pctt: neural networks trained by predictive coding, on Tenstorrent cards and, by the same program, on the
 CPU.
+
+The names below come from the modules that `__init__.pyi` says, each when it is first asked for: importing
+pctt alone does not import torch, which takes longer than all the rest.
 """
 
-from pctt.backends import BackendUnavailable, DeviceLost
-from pctt.control import (
-    ControlModel,
-    PIDAgent,
-    Plan,
-    Planning,
-    PredictiveController,
-    linear_weights,
-    pid_agent,
-)
-from pctt.energies import Categorical, Gaussian
-from pctt.engine import Engine, Status
-from pctt.inference import Inference, Nudge
-from pctt.initialisers import init
-from pctt.layers import (
-    Add,
-    Affine,
-    Attend,
-    AvgPool2d,
-    Bias,
-    Block,
-    Concat,
-    Conv2d,
-    ConvTranspose2d,
-    Dense,
-    Embedding,
-    Fill,
-    Flatten,
-    Linear,
-    MaxPool2d,
-    Multiply,
-    Normalise,
-    NormaliseBatch,
-    Permute,
-    Reshape,
-    Scale,
-    Shift,
-    Slice,
-    Standardise,
-    Step,
-)
-from pctt.learning import SGD, Adam, AdamW, Constant, WarmupCosine
-from pctt.memory import HierarchicalMemory, RecurrentMemory
-from pctt.network import Network
-from pctt.pcgraph import pc_graph
-from pctt.queries import InferenceDiverged, InferenceResult, infer, recall, weight_gradients
-from pctt.recurrent import GRUCell, LSTMCell, RNNCell, unroll
-from pctt.run import FitResult, Trainer, load
-from pctt.scaling import mupc
-from pctt.sequences import Stream
-from pctt.temporal import TemporalFilter
-from pctt.translate import from_torch, to_torch
-from pctt.variants import variant
-from pctt.wiring import chain, graph
+import ast
+import pkgutil
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SGD",
-    "Adam",
-    "AdamW",
-    "Add",
-    "Affine",
-    "Attend",
-    "AvgPool2d",
-    "BackendUnavailable",
-    "Bias",
-    "Block",
-    "Categorical",
-    "Concat",
-    "Constant",
-    "ControlModel",
-    "Conv2d",
-    "ConvTranspose2d",
-    "Dense",
-    "DeviceLost",
-    "Embedding",
-    "Engine",
-    "Fill",
-    "FitResult",
-    "Flatten",
-    "GRUCell",
-    "Gaussian",
-    "HierarchicalMemory",
-    "Inference",
-    "InferenceDiverged",
-    "InferenceResult",
-    "LSTMCell",
-    "Linear",
-    "MaxPool2d",
-    "Multiply",
-    "Network",
-    "Normalise",
-    "NormaliseBatch",
-    "Nudge",
-    "PIDAgent",
-    "Permute",
-    "Plan",
-    "Planning",
-    "PredictiveController",
-    "RNNCell",
-    "RecurrentMemory",
-    "Reshape",
-    "Scale",
-    "Shift",
-    "Slice",
-    "Standardise",
-    "Status",
-    "Step",
-    "Stream",
-    "TemporalFilter",
-    "Trainer",
-    "WarmupCosine",
-    "chain",
-    "from_torch",
-    "graph",
-    "infer",
-    "init",
-    "linear_weights",
-    "load",
-    "mupc",
-    "pc_graph",
-    "pid_agent",
-    "recall",
-    "to_torch",
-    "unroll",
-    "variant",
-    "weight_gradients",
-]
+
+def _public_names() -> dict[str, str]:
+    """{name: the module it is imported from}, out of the stub that type checkers and editors read too."""
+    stub = pkgutil.get_data(__name__, "__init__.pyi")
+    if stub is None:
+        raise ImportError("pctt/__init__.pyi is missing; install pctt again.")
+    imports = [node for node in ast.parse(stub).body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+_PUBLIC = _public_names()
+
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pctt' has no attribute {name!r}")
+    where = _PUBLIC[name]
+    thing = import_module(f"pctt.{name}") if where == __name__ else getattr(import_module(where), name)
+    globals()[name] = thing  # so that the next time is an ordinary look-up
+    return thing
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
