@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,16 +26,14 @@ from pctt.backends.precision import PrecisionPolicy
 from pctt.backends.reference import Reference
 from pctt.backends.tenstorrent import mode
 from pctt.config import ALGORITHMS, ON_DIVERGENCE, from_dict, to_dict
-from pctt.data import Split
-from pctt.energies import Categorical
 from pctt.engine import Engine, Relaxation, Status
+from pctt.feed import Batch, Data, Feed, Reader, batch_order, derived_seed, feed
 from pctt.inference import Inference
 from pctt.inference.settings import noise_scale
 from pctt.initialisers import init
 from pctt.learning import Adam, Learning
 from pctt.network import Network, Weights, check_weights
 from pctt.program import INFERENCE_RATE, NOISE
-from pctt.queries import check_distribution, check_whole_numbers
 
 CHECKPOINT = "checkpoint.safetensors"
 EVALUATION_BATCH = 1000
@@ -44,8 +41,6 @@ MOST_HALVINGS = 10  # a thousandth of the rate: what diverges there has another 
 MOST_STEPS = 1_000_000  # each takes some memory, and a file may claim any number
 MOST_SKIPPED = 100  # in a row, or a whole epoch of fewer batches
 
-Data = Split | tuple[Any, Any] | Mapping[str, Any]
-"""Inputs and labels or targets; or the data of each clamped node, by name."""
 Callback = Callable[[str, dict[str, Any]], None]
 
 
@@ -272,8 +267,8 @@ class Trainer:
         Raises ValueError for data that do not fit the network.
         """
         require_count("epochs", epochs)
-        data, _ = self._data(train_data)
-        held_out = self._data(validation) if validation is not None else None
+        data = self._feed(train_data)
+        held_out = self._feed(validation) if validation is not None else None
         try:
             return self._fit(data, held_out, epochs, callbacks, save_to, save_every)
         except DeviceLost as error:
@@ -285,15 +280,14 @@ class Trainer:
 
     def _fit(
         self,
-        data: dict[str, Tensor],
-        held_out: tuple[dict[str, Tensor], Tensor | None] | None,
+        data: Feed,
+        held_out: Feed | None,
         epochs: int,
         callbacks: Sequence[Callback],
         save_to: str | Path | None,
         save_every: int | None,
     ) -> FitResult:
-        num_samples = len(next(iter(data.values())))
-        num_batches = math.ceil(num_samples / self.batch_size)
+        num_batches = data.num_batches
         progress, setbacks, accuracy, names = self.progress, self.setbacks, None, self.net.layer_names
         self._check_on_divergence()  # once more, since `load` sets it afterwards
         if progress.epoch < epochs and progress.batch >= max(1, num_batches):
@@ -308,26 +302,17 @@ class Trainer:
 
         while progress.epoch < epochs:
             started = time.perf_counter()
-            order = self._order(num_samples, progress.epoch)
-            upcoming: dict[str, Tensor] | None = None
-            while progress.batch < num_batches:
-                first = progress.batch * self.batch_size
-                rows = order[first : first + self.batch_size]
+            for batch, upcoming in _with_next(data.epoch(progress.epoch, progress.batch)):
                 record = progress.batch == 0
                 rate = self.learning.rate * self.learning.schedule.factor(progress.step, epochs * num_batches)
                 self.engine.set_nudge(progress.step / max(1, epochs * num_batches - 1))
-                batch = upcoming or {name: values[rows] for name, values in data.items()}
-                upcoming = None
-                if progress.batch + 1 < num_batches:
-                    following = order[first + self.batch_size : first + 2 * self.batch_size]
-                    upcoming = {name: values[following] for name, values in data.items()}
-                relaxation = self._train_batch(batch, upcoming, rate, record)
+                relaxation = self._train_batch(batch.nodes, upcoming, rate, record)
                 while not relaxation.status.ok and self._may_halve():
                     setbacks.halvings += 1
                     self._set_inference_rate()
                     fault = self._fault(relaxation)
                     emit("halved", step=progress.step + 1, **fault, inference_rate=self._inference_rate)
-                    relaxation = self._train_batch(batch, upcoming, rate, record)
+                    relaxation = self._train_batch(batch.nodes, upcoming, rate, record)
                 learnt = relaxation.status.ok
                 if not learnt and not self._may_skip(num_batches):
                     return self._failed(relaxation)
@@ -335,8 +320,8 @@ class Trainer:
                 progress.step += 1
                 if learnt:
                     setbacks.in_a_row = 0
-                    progress.energy += sum(relaxation.energies) * len(rows)
-                    progress.samples += len(rows)
+                    progress.energy += sum(relaxation.energies) * len(batch)
+                    progress.samples += len(batch)
                     if record and relaxation.trajectory is not None:
                         emit(
                             "trajectory", step=progress.step, layers=list(names), energy=relaxation.trajectory
@@ -370,8 +355,8 @@ class Trainer:
             train_energy = progress.energy / progress.samples
             progress.epoch, progress.batch, progress.energy, progress.samples = progress.epoch + 1, 0, 0.0, 0
             accuracy = None
-            if held_out is not None and held_out[1] is not None:
-                accuracy = self._accuracy(held_out[0][self.net.input_name], held_out[1])
+            if held_out is not None and self._classifies:
+                accuracy = self._accuracy(held_out)
             emit(
                 "epoch",
                 epoch=progress.epoch,
@@ -398,14 +383,12 @@ class Trainer:
 
         Raises ValueError where nothing can be right or wrong: the input or the output is not clamped.
         """
-        nodes, labels = self._data(data)
-        if labels is None:
+        if not self._classifies:
             raise ValueError(
                 f"accuracy needs the data of {self.net.input_name!r} and {self.net.output!r}; this run "
-                "clamps "
-                f"{', '.join(self.clamped)}."
+                f"clamps {', '.join(self.clamped)}."
             )
-        return self._accuracy(nodes[self.net.input_name], labels)
+        return self._accuracy(self._feed(data))
 
     def predict(self, inputs: Tensor) -> Tensor:
         """The output predicted from `inputs` [N, D] alone, [N, units]: one feedforward sweep; where the
@@ -438,7 +421,7 @@ class Trainer:
             self.engine.load_gradients(gradients)
         else:
             self.engine.set_learning(rate, self._learning_step)
-            seed = _seed(self.seed, self.progress.step) if self.inference.is_random else 0
+            seed = derived_seed(self.seed, self.progress.step) if self.inference.is_random else 0
             whole = self._in_whole_steps and not record
             self._spoilt = whole or self.inference.weights_at == "every_step"
             relaxation = self.engine.relax(batch, record, upcoming, seed, learn=whole)
@@ -486,10 +469,26 @@ class Trainer:
     def _order(self, num_samples: int, epoch: int) -> Tensor:
         return batch_order(self.seed, epoch, num_samples)
 
-    def _accuracy(self, inputs: Tensor, labels: Tensor) -> float:
+    def _feed(self, data: Data) -> Feed:
+        read = Reader(self.net, self.clamped, self.engine.dtype)
+        return feed(data, read, self.batch_size, self.seed, self._order)
+
+    @property
+    def _classifies(self) -> bool:
+        """Whether data have inputs and labels, so that there is something to be right about."""
+        net = self.net
+        return {net.input_name, net.output} <= set(self.clamped) and net.output_index in net.indices
+
+    def _accuracy(self, data: Feed) -> float:
+        right = total = 0
         last = self.net.shapes[self.net.output_index][-1]
-        predicted = self.predict(inputs).view(len(inputs), -1, last).argmax(-1).cpu()
-        return float((predicted == labels.view(predicted.shape)).double().mean())
+        for batch in data.once():
+            assert batch.labels is not None
+            predicted = self.predict(batch.nodes[self.net.input_name])
+            labels = predicted.view(len(batch), -1, last).argmax(-1).cpu()
+            right += int((labels == batch.labels.view(labels.shape)).sum())
+            total += labels.numel()
+        return right / total
 
     def _result(self, status: Status, message: str, accuracy: float | None) -> FitResult:
         return FitResult(status, message, self.progress.epoch, self.progress.step, accuracy)
@@ -518,78 +517,36 @@ class Trainer:
         )
         return self._result(relaxation.status, message, None)
 
-    # --- data -----------------------------------------------------------------------------------------------
-
-    def _data(self, data: Data) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Checked data of each clamped node, [N, units] in the engine's dtype, and labels [N] or [N,
-        positions], None where the output is not clamped.
-        """
-        net = self.net
-        if isinstance(data, Mapping):
-            given = {name: _tensor(values) for name, values in data.items()}
-        else:
-            inputs, answers = (data.inputs, data.labels) if isinstance(data, Split) else data
-            given = {net.input_name: _tensor(inputs), net.output: _tensor(answers)}
-        if set(given) != set(self.clamped):
-            raise ValueError(
-                f"data must be of the clamped nodes, {', '.join(self.clamped)}; got {', '.join(given)}."
-            )
-        sizes = [len(values) for values in given.values()]
-        if 0 in sizes or len(set(sizes)) != 1:
-            raise ValueError(
-                f"inputs and labels must be as many, at least one; got {' and '.join(map(str, sizes))}."
-            )
-        labels = None
-        for name, values in given.items():
-            shape, layer = net.shapes[net.node_index(name)], None
-            if net.node_index(name) in net.indices:
-                layer = net.layer(net.node_index(name))
-            if name == net.output and layer is not None and set(self.clamped) >= {net.input_name, net.output}:
-                values, labels = self._answers(values, shape, isinstance(layer.energy, Categorical))
-            elif tuple(values.shape[1:]) not in (shape, (math.prod(shape),)):
-                expected = ", ".join(map(str, shape))
-                word = "inputs" if name == net.input_name else repr(name)
-                raise ValueError(
-                    f"{word} must be [N, {expected}] for this network, got {list(values.shape)}."
-                )
-            if not torch.isfinite(values).all():
-                row = int((~torch.isfinite(values)).flatten(1).any(-1).nonzero()[0])
-                word = {net.input_name: "inputs hold", net.output: "targets hold"}.get(
-                    name, f"{name!r} holds"
-                )
-                raise ValueError(f"{word} NaN or infinite values, first in row {row}; clean the data first.")
-            check_whole_numbers(net, name, values)
-            given[name] = values.flatten(1).to(self.engine.dtype)
-        return given, labels
-
-    def _answers(self, answers: Tensor, shape: tuple[int, ...], categorical: bool) -> tuple[Tensor, Tensor]:
-        """Targets [N, *shape] and labels [N, *positions], from either."""
-        *positions, classes = shape
-        units = math.prod(shape)
-        if not answers.is_floating_point() and list(answers.shape[1:]) == positions:
-            labels = answers.long()
-            off = (labels < 0) | (labels >= classes)
-            if off.any():
-                first = tuple(off.nonzero()[0].tolist())
-                raise ValueError(
-                    f"labels must be 0 to {classes - 1}, as the output has {classes} units; row {first[0]} "
-                    "has "
-                    f"{int(labels[first])}."
-                )
-            return torch.nn.functional.one_hot(labels, classes), labels
-        if tuple(answers.shape[1:]) not in (shape, (units,)):
-            where = "".join(f", {size}" for size in positions)
-            raise ValueError(
-                f"labels must be whole numbers [N{where}], or targets [N{where}, {classes}], got "
-                f"{answers.dtype} "
-                f"{list(answers.shape)}."
-            )
-        rows = answers.reshape(len(answers), *positions, classes)
-        if categorical and torch.isfinite(answers).all():
-            check_distribution(self.net.output, rows.reshape(-1, classes))
-        return answers, rows.argmax(-1)
-
     # --- storage --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the weights, {"layer.key": tensor}, flat as torch's modules have theirs. Progress and the
+        learning rule's moments are not in it; `save` writes those too.
+        """
+        weights = self.weights
+        return {name: weights[layer][key] for name, (layer, key) in self._weight_names().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces the weights by what `state_dict` gave, of a network of the same layers and shapes.
+
+        Raises ValueError for names that are missing or too many, shapes that do not fit, NaN.
+        """
+        names = self._weight_names()
+        for what, odd in (("lacks", names.keys() - state.keys()), ("has", state.keys() - names.keys())):
+            if odd:
+                expected = "which this network has" if what == "lacks" else "which this network does not have"
+                raise ValueError(f"the state {what} {min(odd)!r}, {expected}; give that of the same network.")
+        weights: Weights = {}
+        for name, (layer, key) in names.items():
+            weights.setdefault(layer, {})[key] = torch.as_tensor(state[name])
+        check_weights(self.net, weights)
+        broken = _not_finite(weights)
+        if broken is not None:
+            raise ValueError(f"the weights of layer {broken!r} are NaN or infinite; give another state.")
+        self.engine.load_weights(weights)
+
+    def _weight_names(self) -> dict[str, tuple[str, str]]:
+        return {f"{layer}.{key}": (layer, key) for layer, tree in self.weights.items() for key in tree}
 
     def save(self, folder: str | Path) -> Path:
         """Writes weights, learning state and progress to `folder`; the file there before survives any
@@ -704,14 +661,10 @@ def _not_finite(weights: Weights) -> str | None:
     return None
 
 
-def batch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
-    """The order in which an epoch takes the samples, drawn from (seed, epoch)."""
-    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(_seed(seed, epoch)))
-
-
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _tensor(values: Any) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+def _with_next(batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor] | None]]:
+    """Each batch with the nodes of the one after it, None after the last."""
+    batch = next(batches, None)
+    while batch is not None:
+        following = next(batches, None)
+        yield batch, None if following is None else following.nodes
+        batch = following

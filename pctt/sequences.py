@@ -26,6 +26,7 @@ from pctt._checks import require_count
 from pctt.backprop import energy
 from pctt.config import from_dict
 from pctt.engine import Engine, Relaxation
+from pctt.feed import Batch, Data, Feed, InMemory
 from pctt.inference import Inference
 from pctt.learning import Learning
 from pctt.network import Network, Weights
@@ -39,7 +40,7 @@ from pctt.recurrent import (
     spread,
     zero_state,
 )
-from pctt.run import CHECKPOINT, Callback, Data, FitResult, Progress, Trainer
+from pctt.run import CHECKPOINT, Callback, FitResult, Progress, Trainer
 
 Chunks = tuple[Tensor, Tensor]
 """Inputs and targets, [num_chunks, streams, T] of tokens and labels, with a further axis of vectors; row b of
@@ -252,13 +253,12 @@ class _ChunkTrainer(Trainer):
         left = {first: engine.read_node("anchor", last) for first, last in last_nodes(net).items()}
         return _loss(engine, nodes), left
 
-    def _data(self, data: Data) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _feed(self, data: Data) -> Feed:
         assert isinstance(data, tuple)
         inputs, targets = data
-        return {self.net.input_name: inputs.flatten(0, 1), self.net.output: targets.flatten(0, 1)}, None
-
-    def _order(self, num_samples: int, epoch: int) -> Tensor:
-        return torch.arange(num_samples)
+        rows = {self.net.input_name: inputs.flatten(0, 1), self.net.output: targets.flatten(0, 1)}
+        in_order = torch.arange(inputs.shape[0] * inputs.shape[1])
+        return InMemory(Batch(rows, None), self.batch_size, lambda epoch: in_order)
 
     def _train_batch(
         self, batch: dict[str, Tensor], upcoming: dict[str, Tensor] | None, rate: float, record: bool

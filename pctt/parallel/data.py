@@ -22,11 +22,12 @@ from torch import Tensor
 
 from pctt._checks import require_count
 from pctt.engine import Relaxation, Status
+from pctt.feed import Reader, batch_order
 from pctt.layers.block import Expression
 from pctt.layers.maps import NormaliseBatch
 from pctt.network import Weights
 from pctt.parallel.group import Group
-from pctt.run import Callback, FitResult, Trainer, batch_order
+from pctt.run import Callback, FitResult, Trainer
 
 FAILURES = (Status.NON_FINITE, Status.DIVERGED)  # the worse one first
 
@@ -142,7 +143,7 @@ class DataParallel:
         """
         require_count("epochs", epochs)
         trainer, progress, first = self.trainer, self.trainer.progress, self.group.rank == 0
-        nodes = _nodes(trainer, data)
+        nodes = Reader(trainer.net, trainer.clamped, self.engine.dtype)(data).nodes
         num_samples = len(next(iter(nodes.values())))
         num_batches = math.ceil(num_samples / trainer.batch_size)
         self.group.agree("epochs and data", epochs, *(part for entry in nodes.items() for part in entry))
@@ -227,20 +228,3 @@ def _refuse(trainer: Trainer) -> None:
     for what, reason in reasons.items():
         if reason:
             raise ValueError(f"data parallel training does not take {what}: {reason}.")
-
-
-def _nodes(trainer: Trainer, data: Mapping[str, Tensor] | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """{node: [N, units]} in the engine's dtype; labels become one-hot targets."""
-    net = trainer.net
-    given = data if isinstance(data, Mapping) else {net.input_name: data[0], net.output: data[1]}
-    if set(given) != set(trainer.clamped) or len({len(values) for values in given.values()}) != 1:
-        raise ValueError(f"data must be of {', '.join(trainer.clamped)}, as many samples of each.")
-    nodes: dict[str, Tensor] = {}
-    for name, values in given.items():
-        units = net.widths[net.node_index(name)]
-        if name == net.output and values.dim() == 1 and not values.is_floating_point():
-            values = torch.nn.functional.one_hot(values.long(), units)
-        if values.flatten(1).shape[1] != units:
-            raise ValueError(f"{name!r} takes {units} numbers a sample, got {list(values.shape[1:])}.")
-        nodes[name] = values.flatten(1).to(trainer.engine.dtype)
-    return nodes

@@ -307,7 +307,7 @@ def test_numpy_arrays_and_target_vectors_are_accepted():
         (torch.zeros(0, 6), torch.zeros(0, dtype=torch.long), "at least one"),
         (torch.zeros(4, 6), torch.zeros(4), "labels must be whole numbers"),
         (torch.zeros(4, 6), torch.full((4, 3), torch.inf), "targets hold NaN or infinite"),
-        (np.zeros((4, 6, 1)), np.zeros(4, dtype=int), r"inputs must be \[N, 6\]"),
+        (np.zeros((4, 6, 2)), np.zeros(4, dtype=int), r"inputs must be \[N, 6\]"),
     ],
 )
 def test_data_that_do_not_fit_are_refused_in_one_sentence(inputs, labels, sentence):
@@ -346,3 +346,41 @@ def test_the_twin_records_the_error_of_its_output(output):
     # fp32 sums over 96 samples in another order: 96 roundings of 6e-8 at the very most
     expected = pytest.approx(float(error.square().sum(-1).mean().sqrt()), rel=1e-5)
     assert batch["error_norms"] == {"dense1": 0.0, "dense2": expected}
+
+
+def test_the_state_of_a_trainer_is_that_of_its_twin_in_torch():
+    """Names and tensors beside torch's own: a Sequential that is filled from them predicts the same."""
+    t = trainer()
+    t.fit(blobs(), 1)
+    state = t.state_dict()
+    assert list(state) == [f"dense{n}.{key}" for n in (1, 2, 3) for key in ("weight", "bias")]
+    twin = pctt.to_torch(t.net, t.weights)
+    inputs = blobs(seed=1).inputs
+    # sums of at most 8 products, three times, in another order
+    torch.testing.assert_close(twin(inputs), t.predict(inputs), rtol=0, atol=3e-5)
+    state["dense1.weight"].zero_()  # a copy
+    assert t.weights["dense1"]["weight"].any()
+
+    other = trainer(seed=9)
+    other.load_state_dict(t.state_dict())
+    assert same(other.weights, t.weights)
+    other.load_state_dict({name: values.numpy() for name, values in t.state_dict().items()})
+    assert same(other.weights, t.weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"dense1.weight": None}, "lacks 'dense1.weight'"),
+        ({"dense4.weight": torch.zeros(8, 3)}, "has 'dense4.weight', which this network does not have"),
+        ({"dense1.weight": torch.zeros(6, 9)}, "dense1"),
+        ({"dense2.bias": torch.full((8,), torch.nan)}, "layer 'dense2' are NaN or infinite"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(change, sentence):
+    t = trainer()
+    before = t.weights
+    state = {name: values for name, values in {**t.state_dict(), **change}.items() if values is not None}
+    with pytest.raises(ValueError, match=sentence):
+        t.load_state_dict(state)
+    assert same(t.weights, before)
