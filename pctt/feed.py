@@ -216,11 +216,10 @@ class Reader:
         if isinstance(data, Mapping):
             given = {name: _tensor(values) for name, values in data.items()}
         else:
-            pair = (data.inputs, data.labels) if isinstance(data, Split) else tuple(data)
-            if len(pair) != 2:
-                raise ValueError(
-                    f"data must be (inputs, labels or targets) or {{node: values}}, got {len(pair)} parts."
-                )
+            pair = (data.inputs, data.labels) if isinstance(data, Split) else data
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                got = f"{len(pair)} parts" if isinstance(pair, tuple | list) else type(pair).__name__
+                raise ValueError(f"data must be (inputs, labels or targets) or {{node: values}}, got {got}.")
             given = {net.input_name: _tensor(pair[0]), net.output: _tensor(pair[1])}
         if set(given) != set(self.clamped):
             raise ValueError(

@@ -196,6 +196,7 @@ def with_nan() -> Items:
         (Claims(9), "length of 9 and gave 7 batches"),
         (Claims(6), "length of 6 and gave more batches"),
         (Items(*samples(), torch.zeros(COUNT)), "batch 1 of an epoch: .* got 3 parts"),
+        (Subset(samples()[0], range(COUNT)), "batch 1 of an epoch: .* got Tensor"),
         (Items(samples()[0][:, 1:], samples()[1]), r"batch 1 of an epoch: inputs must be \[N, 6\]"),
         (with_nan(), "batch 2 of an epoch: inputs hold NaN or infinite values, first in row 2"),
     ],
