@@ -1,11 +1,13 @@
 """What every test shares: one thread each, fixed seeds, and examples that are the same on every run."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, settings
+from runs import TINY
 
 # Two pytest workers on two cores; and with one thread a sum is always taken in the same order.
 torch.set_num_threads(1)
@@ -23,3 +25,11 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """The configuration of a run that takes a moment."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
