@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pctt.state import AbstractState
 
 
-def _check(rule: SGD | Adam | AdamW) -> None:
+def _check(rule: Learning) -> None:
     require_finite_positive("rate", rule.rate)
     require_between("weight_decay", rule.weight_decay, 0.0, math.inf)
     if not isinstance(rule.schedule, (Constant, WarmupCosine)):
@@ -28,9 +28,7 @@ def _check(rule: SGD | Adam | AdamW) -> None:
         require_finite_positive("clip_norm", rule.clip_norm)
 
 
-def _write(
-    at: AbstractState, op: str, state: tuple[str, ...], rule: SGD | Adam | AdamW, **options: float
-) -> None:
+def _write(at: AbstractState, op: str, state: tuple[str, ...], rule: Learning, **options: float) -> None:
     """For each layer: clip its gradient, then `op` on its weight and on its bias, each with tensors of its
     own for `state`.
     """
