@@ -18,6 +18,9 @@ from pctt.program import LEARNING_RATE, Instruction, Slot
 if TYPE_CHECKING:
     from pctt.state import AbstractState
 
+STATE = ("momentum", "first_moment", "second_moment")
+"""What rules keep beside each weight, by the names that their tensors' roles end in."""
+
 
 def _check(rule: Learning) -> None:
     require_finite_positive("rate", rule.rate)
@@ -32,6 +35,7 @@ def _write(at: AbstractState, op: str, state: tuple[str, ...], rule: Learning, *
     """For each layer: clip its gradient, then `op` on its weight and on its bias, each with tensors of its
     own for `state`.
     """
+    assert set(state) <= set(STATE), state
     parameters = [(index, at.net.rule(index).trained) for index in at.net.owners]
     parameters = [(index, names) for index, names in parameters if names]
     if rule.clip_norm is not None:
