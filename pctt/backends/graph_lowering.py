@@ -363,7 +363,7 @@ class GraphLowering(CardWriter):
             self._emit_map(i, (out,), (a,), "softmax")
         elif i.function == "gelu":
             self._binary("multiply", out, a, a, b_chain=HALF_ERF)
-        elif i.function == "sigmoid":  # which would make 1/2 of padding
+        elif not activation(i.function).keeps_zero:
             self._binary("multiply", out, a, self._mask(out), a_chain=ACTIVATE[i.function])
         elif not self._joined(out, a, ACTIVATE[i.function]):
             self._emit("unary", out, a, chain=ACTIVATE[i.function])

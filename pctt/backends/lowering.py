@@ -614,9 +614,7 @@ class Lowering(CardWriter):
             self._binary("multiply", out, a, a, b_chain=HALF_ERF)
         elif not self._joined(i, out, a, ACTIVATE[i.function]):
             self._emit("unary", out, a, chain=ACTIVATE[i.function])
-        if (
-            i.function == "sigmoid" and self.net.widths[index] % TILE
-        ):  # sigmoid(0) is not 0: keep padding empty
+        if not activation(i.function).keeps_zero and self.net.widths[index] % TILE:
             self._binary("multiply", out, out, self._mask(index))
 
     def _joined(self, i: Instruction, out: Slot, a: Slot, chain: Chain) -> bool:
