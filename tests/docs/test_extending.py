@@ -120,6 +120,7 @@ def commands(page: Path, what: str) -> list[str]:
     return [line for block in marked(page) if block.what == what for line in block.text.splitlines()]
 
 
+@pytest.mark.slow
 @each_page
 def test_a_page_followed_literally_gives_an_extension_that_passes_its_tests(page: Path, tree: Path) -> None:
     put_in_place(page, tree)
@@ -128,6 +129,7 @@ def test_a_page_followed_literally_gives_an_extension_that_passes_its_tests(page
         run(command, tree)
 
 
+@pytest.mark.slow
 @each_page
 def test_what_a_page_needs_a_card_for_runs_on_one(page: Path, tree: Path) -> None:
     """On whatever ttnn opens here that keeps numbers: a simulator, or a card."""
