@@ -9,7 +9,7 @@ A comment before a fenced block says what the block is for:
     <!-- after: FILE: ANCHOR -->      likewise after it
     <!-- replace: FILE: ANCHOR -->    lines in the place of the line that holds ANCHOR
     <!-- run -->                      commands, run when all blocks are in place
-    <!-- run with ttnn -->            commands that need a simulator or a card; skipped without ttnn
+    <!-- run with ttnn -->            commands that need a simulator or a card: tests/device/test_extending.py
 
 FILE must have exactly one line that holds ANCHOR, so a page cannot outlive what it was written for.
 """
@@ -104,15 +104,19 @@ def run(command: str, tree: Path) -> None:
     assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """A copy of what the pages change and run."""
+def copy_tree(target: Path) -> None:
+    """What the pages change and run."""
     ignore = shutil.ignore_patterns("__pycache__", ".hypothesis", "figures", "results")
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+            shutil.copytree(ROOT / name, target / name, ignore=ignore)
         else:
-            shutil.copy(ROOT / name, tmp_path / name)
+            shutil.copy(ROOT / name, target / name)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    copy_tree(tmp_path)
     return tmp_path
 
 
@@ -126,20 +130,6 @@ def test_a_page_followed_literally_gives_an_extension_that_passes_its_tests(page
     put_in_place(page, tree)
     assert commands(page, "run"), f"{page.name} says nothing to run"
     for command in commands(page, "run"):
-        run(command, tree)
-
-
-@pytest.mark.slow
-@each_page
-def test_what_a_page_needs_a_card_for_runs_on_one(page: Path, tree: Path) -> None:
-    """On whatever ttnn opens here that keeps numbers: a simulator, or a card."""
-    wanted = commands(page, "run with ttnn")
-    if not wanted:
-        pytest.skip("nothing on this page needs a card")
-    if importlib.util.find_spec("ttnn") is None or not os.environ.get("TT_METAL_SIMULATOR"):
-        pytest.skip("ttnn and a simulator (TT_METAL_SIMULATOR) are needed")
-    put_in_place(page, tree)
-    for command in wanted:
         run(command, tree)
 
 
