@@ -1,8 +1,7 @@
-"""Networks on several chips: the model against hand arithmetic, and the page that shows its figures."""
+"""Networks on several chips: the model against hand arithmetic."""
 
 import json
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +10,7 @@ from pctt import cli
 from pctt.placement.boxes import BOXES, SOURCES, Box, box
 from pctt.placement.fused_cost import fused_placement
 from pctt.placement.scaling import scaling
-from tools.scaling import TABLES
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 ADAM, STEPS = pctt.Adam(1e-3), pctt.Inference(20, 0.1)
 
 
@@ -114,9 +111,3 @@ def test_the_command_prints_the_plan_and_its_assumptions(capsys: pytest.CaptureF
     ):
         assert cli.main(["plan", "digits", *arguments]) == cli.USAGE
         assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_the_page_shows_what_the_tool_prints(table) -> None:
-    """docs/scaling.md: every line of every table, in order, as `python tools/scaling.py` has it."""
-    assert "\n".join(table()) in PAGE.read_text(encoding="utf-8")
