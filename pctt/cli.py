@@ -569,8 +569,8 @@ def plan(
     what: str,
     /,
     *,
-    chip: str = "n150",
-    box: str | None = None,
+    chip: Annotated[str, _ARG(help=f"{', '.join(CHIPS)}; no card is needed.")] = "n150",
+    box: Annotated[str | None, _ARG(help=f"Several chips, in the fused kernel: {', '.join(BOXES)}.")] = None,
     batch_size: int | None = None,
     set: tuple[str, ...] = (),
     picture: Path | None = None,
@@ -581,9 +581,8 @@ def plan(
 
     Args:
         what: A preset (digits, mnist) or the path of a TOML configuration, as for `pctt train`.
-        chip: n150, n300, p100a or p150; no card is needed.
-        box: Several chips instead of one, in the fused kernel: n300, t3000, galaxy or p150x4. Tells how many
-            the network needs and what a step would take on them.
+        chip: One of the chips that plans are made for; no card is needed.
+        box: Several chips instead of one: how many the network needs, and what a step would take on them.
         batch_size: Samples per learning step.
         set: Any other setting, e.g. --set inference.num_steps=10 (values as in TOML).
         picture: An .svg or .png to draw the plan into.
