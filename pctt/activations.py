@@ -16,6 +16,7 @@ class Activation:
     """One non-linearity.
 
     needs_drive: the derivative is computed from z, not from y = f(z).
+    keeps_zero: f(0) = 0, so a card's padding stays empty.
     elementwise: the Jacobian is diagonal; softmax is the exception, and may stand only at the last layer.
     gain: what kaiming initialisation multiplies 1/sqrt(fan_in) by (He et al. 2015, eq. 10); 1 where the paper
         gives none, and that of relu for its smooth relatives.
@@ -23,6 +24,7 @@ class Activation:
 
     name: str
     needs_drive: bool = False
+    keeps_zero: bool = True
     elementwise: bool = True
     gain: float = 1.0
 
@@ -36,11 +38,11 @@ ACTIVATIONS = {
         Activation("tanh"),
         Activation("relu", gain=math.sqrt(2.0)),
         Activation("leaky_relu", gain=math.sqrt(2.0 / (1.0 + LEAKY_SLOPE**2))),
-        Activation("sigmoid"),
+        Activation("sigmoid", keeps_zero=False),
         Activation("gelu", needs_drive=True, gain=math.sqrt(2.0)),
         Activation("silu", needs_drive=True, gain=math.sqrt(2.0)),
         Activation("hard_tanh"),
-        Activation("softmax", elementwise=False),
+        Activation("softmax", keeps_zero=False, elementwise=False),
     )
 }
 

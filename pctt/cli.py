@@ -31,11 +31,13 @@ from pctt.engine import Status
 from pctt.inference import Inference
 from pctt.initialisers import init
 from pctt.network import Network
+from pctt.placement.boxes import BOXES
 from pctt.placement.chips import CHIPS
 from pctt.placement.draw import SUFFIXES, save_picture
 from pctt.placement.fused_cost import fused_placement
 from pctt.placement.fused_report import FusedReport
 from pctt.placement.plan import plan as make_plan
+from pctt.placement.scaling import scaling
 from pctt.profile.command import profile
 from pctt.report import CURVES, Asking, Reporter, described, draw, print_json, say_error
 from pctt.run import CHECKPOINT, FitResult, Trainer
@@ -567,7 +569,8 @@ def plan(
     what: str,
     /,
     *,
-    chip: str = "n150",
+    chip: Annotated[str, _ARG(help=f"{', '.join(CHIPS)}; no card is needed.")] = "n150",
+    box: Annotated[str | None, _ARG(help=f"Several chips, in the fused kernel: {', '.join(BOXES)}.")] = None,
     batch_size: int | None = None,
     set: tuple[str, ...] = (),
     picture: Path | None = None,
@@ -578,7 +581,8 @@ def plan(
 
     Args:
         what: A preset (digits, mnist) or the path of a TOML configuration, as for `pctt train`.
-        chip: n150, n300, p100a or p150; no card is needed.
+        chip: One of the chips that plans are made for; no card is needed.
+        box: Several chips instead of one: how many the network needs, and what a step would take on them.
         batch_size: Samples per learning step.
         set: Any other setting, e.g. --set inference.num_steps=10 (values as in TOML).
         picture: An .svg or .png to draw the plan into.
@@ -588,10 +592,21 @@ def plan(
     config = override(configuration(what), {"training.batch_size": batch_size, **assignments(set)})
     if chip not in CHIPS:
         raise UsageError(f"chip must be one of {', '.join(CHIPS)}, got {chip!r}.")
+    if box is not None and box not in BOXES:
+        raise UsageError(f"box must be one of {', '.join(BOXES)}, got {box!r}.")
+    if box is not None and picture is not None:
+        raise UsageError("a picture shows one chip; drop --box or --picture.")
     if picture is not None and picture.suffix.lower() not in SUFFIXES:
         raise UsageError(f"a picture's name must end in .svg or .png, got {picture.name!r}; rename it.")
     net = config.network(SHAPES.get(config.data.name) or load_data(config).shape)
     size, rules = config.training.batch_size, (config.inference, config.learning, config.precision)
+    if box is not None:
+        planned = scaling(net, box, size, *rules)
+        if json:
+            print_json("plan", planned.to_dict())
+        else:
+            print(planned.as_text(), end="")
+        return OK
     if fused:
         placement = fused_placement(net, chip, config.training.cores_per_layer, size, *rules)
         planned = FusedReport(net, placement, placement.cost(), size, config.inference.num_steps)

@@ -26,7 +26,7 @@ from pctt.layers.block import Block, Layer, Step
 from pctt.layers.dense import Dense
 from pctt.layers.detach import Detach
 from pctt.layers.maps import Function, Map
-from pctt.learning import SGD, Adam, AdamW, Constant, Learning, WarmupCosine
+from pctt.learning import Adam, Constant, Learning, WarmupCosine
 from pctt.network import INPUT, Network
 from pctt.placement.chips import CHIPS
 from pctt.scaling import mupc
@@ -37,9 +37,7 @@ MAPS: dict[str, type[Map]] = {**maps.MAPS, Detach.kind: Detach}
 KINDS: dict[str, type] = {
     "gaussian": Gaussian,
     "categorical": Categorical,
-    "sgd": SGD,
-    "adam": Adam,
-    "adamw": AdamW,
+    **{rule.__name__.lower(): rule for rule in get_args(Learning)},
     "constant": Constant,
     "warmup_cosine": WarmupCosine,
     "block": Block,

@@ -33,9 +33,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from pctt import (
-    SGD,
-    Adam,
-    AdamW,
     Add,
     Affine,
     Attend,
@@ -65,6 +62,7 @@ from pctt import (
     graph,
 )
 from pctt.layers.maps import Function, Linear
+from pctt.learning import Learning
 
 Compute = Callable[..., Tensor]
 """(weights of the layer, *sources [B, *shape]) -> its prediction, or the logits of a categorical one"""
@@ -801,7 +799,7 @@ def train(
     weights: Tree,
     batches: Sequence[Mapping[str, Tensor]],
     inference: Inference,
-    rule: SGD | Adam | AdamW,
+    rule: Learning,
 ) -> list[tuple[Tree, Relaxed]]:
     """Learning steps on the batches by torch.optim: after each the weights, and the relaxation before it."""
     tree = {name: {key: value.clone() for key, value in layer.items()} for name, layer in weights.items()}

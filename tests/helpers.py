@@ -35,13 +35,23 @@ from pctt import (
     WarmupCosine,
     chain,
 )
+from pctt.learning import Learning
 
 Tensors = dict[str, Tensor]
 Tree = dict[str, dict[str, Tensor]]
 
 # --- tables -------------------------------------------------------------------------------------------------
 
-HIDDEN_ACTIVATIONS = ("identity", "tanh", "relu", "leaky_relu", "sigmoid", "gelu", "silu", "hard_tanh")
+HIDDEN_ACTIVATIONS = (
+    "identity",
+    "tanh",
+    "relu",
+    "leaky_relu",
+    "sigmoid",
+    "gelu",
+    "silu",
+    "hard_tanh",
+)
 PLACEMENTS = ("output", "input")
 
 
@@ -239,7 +249,7 @@ def fits(net: Network, inference: Inference) -> bool:
     return deep_enough and (by_clamp or not categorical)
 
 
-LEARNINGS: dict[str, SGD | Adam | AdamW] = {
+LEARNINGS: dict[str, Learning] = {
     "sgd": SGD(0.1),
     "sgd, momentum": SGD(0.05, momentum=0.9),
     "sgd, decay": SGD(0.1, weight_decay=0.01),
@@ -662,7 +672,7 @@ class _Mover:
         return moved
 
 
-def optimiser_of(rule: SGD | Adam | AdamW, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def optimiser_of(rule: Learning, parameters: list[Tensor]) -> torch.optim.Optimizer:
     """torch's own optimiser of a learning rule."""
     if isinstance(rule, SGD):
         return torch.optim.SGD(
@@ -684,7 +694,7 @@ def train(
     weights: Tree,
     batches: Sequence[Mapping[str, Tensor]],
     inference: Inference,
-    rule: SGD | Adam | AdamW,
+    rule: Learning,
     seeds: Sequence[int] | None = None,
 ) -> list[tuple[Tree, Relaxed]]:
     """Learning steps on the batches: after each the weights, and the relaxation they came from.

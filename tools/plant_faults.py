@@ -58,6 +58,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "card": ("tests/unit/test_emulated.py", "tests/unit/test_lowering.py"),
     "card graphs": ("tests/unit/test_graph_lowering.py",),
     "placement": ("tests/unit/test_budget.py", "tests/unit/test_cost.py", "tests/unit/test_plan.py"),
+    "boxes": ("tests/unit/test_boxes.py",),
     "config": ("tests/unit/test_config.py",),
     "resume": ("tests/unit/test_run.py",),
     "checkpoint": ("tests/unit/test_checkpoint.py",),
@@ -97,6 +98,8 @@ REFERENCE_MAPS = "pctt/backends/reference_maps.py"
 FUSED_TASKS = "pctt/backends/fused_tasks.py"
 FUSED_CHAIN = "pctt/backends/fused_chain.py"
 FUSED_SCHEDULE = "pctt/backends/fused_schedule.py"
+BOXES = "pctt/placement/boxes.py"
+SCALING = "pctt/placement/scaling.py"
 
 FAULTS = (
     Fault(
@@ -701,6 +704,14 @@ FAULTS = (
         FUSED_SCHEDULE,
         "if needed > 0 or place not in self.settled:",
         "if needed > 0:",
+    ),
+    Fault("ring-of-one-round-more", "boxes", BOXES, "2 * (num_members - 1)", "2 * num_members"),
+    Fault(
+        "feedback-over-a-boundary-forgotten",
+        "boxes",
+        SCALING,
+        "return 2 * self.num_steps + 2",
+        "return self.num_steps + 2",
     ),
     Fault(
         "fused-own-result-not-awaited",

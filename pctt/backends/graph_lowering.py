@@ -37,11 +37,11 @@ from pctt.backends.lowering import (
     CardWriter,
     Chain,
     Life,
-    not_run,
     role_of,
     slots_of,
 )
 from pctt.backends.precision import PrecisionPolicy
+from pctt.backends.reference_maps import LINEAR
 from pctt.groups import Layout
 from pctt.program import BATCH, Instruction, Program, Slot
 
@@ -126,7 +126,7 @@ class GraphLowering(CardWriter):
     def _check(self) -> None:
         steps = [i for code in self.program.steps for i in code]
         for i in (*self.program.initialise, *steps, *self.program.gradients, *self.program.update):
-            what = not_run(i)
+            what = None if i.op in MAPS or i.op in MOVES else self._refusal(i)
             if i in steps and i.op in ADAMS and "@layers" in i.out[0].buffer:
                 what = "weights_at='every_step' with Adam"
             if what:
@@ -205,7 +205,8 @@ class GraphLowering(CardWriter):
                 self.position, self.reading = (name, position), set(slots_of(instruction))
                 for slot in slots_of(instruction):
                     self._own(slot)
-                getattr(self, f"_{instruction.op}", self._map)(instruction)
+                rewrite = self._learn if self._descends(instruction) else None
+                (rewrite or getattr(self, f"_{instruction.op}", self._map))(instruction)
             for slot in list(self.pending):
                 if self.life.dead(name, len(code), slot):
                     self.pending.pop(slot)
@@ -362,7 +363,7 @@ class GraphLowering(CardWriter):
             self._emit_map(i, (out,), (a,), "softmax")
         elif i.function == "gelu":
             self._binary("multiply", out, a, a, b_chain=HALF_ERF)
-        elif i.function == "sigmoid":  # which would make 1/2 of padding
+        elif not activation(i.function).keeps_zero:
             self._binary("multiply", out, a, self._mask(out), a_chain=ACTIVATE[i.function])
         elif not self._joined(out, a, ACTIVATE[i.function]):
             self._emit("unary", out, a, chain=ACTIVATE[i.function])
@@ -593,17 +594,11 @@ class GraphLowering(CardWriter):
 
     # --- weights --------------------------------------------------------------------------------------------
 
-    def _sgd(self, i: Instruction) -> None:
+    def _learn(self, i: Instruction) -> None:
         weight, *state = i.out
         self._descend(i, weight, state, i.inputs[0])
         if self.position[0].startswith("step"):
             self._renew(weight)
-
-    def _adam(self, i: Instruction) -> None:
-        weight, first, second = i.out
-        self._descend_by_adam(i, weight, first, second, i.inputs[0])
-
-    _adamw = _adam
 
     def _renew(self, weight: Slot) -> None:
         """The copies of a weight that products read, from the one that learning changes."""
@@ -633,11 +628,7 @@ def moved_shapes(i: Instruction, a: CardBuffer, out: CardBuffer) -> list[tuple[i
     return [first, *(part for part in parts if part[1]), (outer, size * inner), last]
 
 
-OPERANDS = {
-    **dict.fromkeys(("convolve", "convolve_transposed", "convolve_outer"), 2),
-    **dict.fromkeys(("scale_channels", "divide_channels", "channel_inner", "embed_outer"), 2),
-    **dict.fromkeys(("pool_mean", "unpool_mean", "take", "put", "permute", "channel_sum"), 1),
-}
+OPERANDS = {name: count for name, (count, _) in LINEAR.items()}
 """How many inputs of an operation are not what its result is added to."""
 
 BIASED = ("convolve", "convolve_transposed")

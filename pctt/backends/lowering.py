@@ -239,10 +239,20 @@ class CardWriter:
     def _format(self, slot: Slot) -> str:
         return self.buffers[slot.buffer].format
 
-    # --- learning rules -------------------------------------------------------------------------------------
+    def _refusal(self, i: Instruction) -> str | None:
+        """What an instruction stands for that the card backends do not run."""
+        known = any(hasattr(self, f"{prefix}_{i.op}") for prefix in ("", "_by"))
+        return not_run(i) or (None if known else f"the operation {i.op!r}")
 
-    def _descend(self, i: Instruction, weight: Slot, state: list[Slot], change: Slot) -> None:
-        """A step of SGD."""
+    # --- learning rules: a method each, named after its operation -------------------------------------------
+
+    def _descend(self, i: Instruction, weight: Slot, state: list[Slot], gradient: Slot) -> None:
+        getattr(self, f"_by_{i.op}")(i, weight, state, gradient)
+
+    def _descends(self, i: Instruction) -> bool:
+        return hasattr(self, f"_by_{i.op}")
+
+    def _by_sgd(self, i: Instruction, weight: Slot, state: list[Slot], change: Slot) -> None:
         options = dict(i.options)
         if options["weight_decay"]:
             self._accumulate(change, change, weight, options["weight_decay"], None)
@@ -250,10 +260,8 @@ class CardWriter:
             change = self._accumulate(state[0], change, state[0], options["momentum"], None)
         self._accumulate(weight, weight, change, -1.0, i.scalar)
 
-    def _descend_by_adam(
-        self, i: Instruction, weight: Slot, first: Slot, second: Slot, gradient: Slot
-    ) -> None:
-        options = dict(i.options)
+    def _by_adam(self, i: Instruction, weight: Slot, state: list[Slot], gradient: Slot) -> None:
+        (first, second), options = state, dict(i.options)
         decay = options["weight_decay"]
         beta1, beta2 = options["beta1"], options["beta2"]
         settings = tuple((name, options[name]) for name in ("beta1", "beta2", "epsilon"))
@@ -275,6 +283,8 @@ class CardWriter:
         self._emit(
             "addcmul", weight, weight, gradient, number=self._number(weight, -1.0, "adam_rate", settings)
         )
+
+    _by_adamw = _by_adam
 
 
 class Lowering(CardWriter):
@@ -353,7 +363,7 @@ class Lowering(CardWriter):
                 )
         steps = [i for code in self.program.steps for i in code]
         for i in (*self.program.initialise, *steps, *self.program.gradients, *self.program.update):
-            if what := not_run(i):
+            if what := self._refusal(i):
                 raise ValueError(
                     f"{what} is not run by the card backends; drop it, or use backend='reference'."
                 )
@@ -487,7 +497,8 @@ class Lowering(CardWriter):
             for position, instruction in enumerate(code):
                 self._settle(instruction)
                 self.position = name, position
-                getattr(self, f"_{instruction.op}")(instruction)
+                rewrite = self._learn if self._descends(instruction) else getattr(self, f"_{instruction.op}")
+                rewrite(instruction)
             for slot in list(self.pending):
                 self._flush(slot)
             assert not self.moved, f"{name}: values left away from home: {self.moved}"
@@ -603,9 +614,7 @@ class Lowering(CardWriter):
             self._binary("multiply", out, a, a, b_chain=HALF_ERF)
         elif not self._joined(i, out, a, ACTIVATE[i.function]):
             self._emit("unary", out, a, chain=ACTIVATE[i.function])
-        if (
-            i.function == "sigmoid" and self.net.widths[index] % TILE
-        ):  # sigmoid(0) is not 0: keep padding empty
+        if not activation(i.function).keeps_zero and self.net.widths[index] % TILE:
             self._binary("multiply", out, out, self._mask(index))
 
     def _joined(self, i: Instruction, out: Slot, a: Slot, chain: Chain) -> bool:
@@ -701,17 +710,11 @@ class Lowering(CardWriter):
         square = self._binary("multiply", self._node("square", index), a, b)
         self._emit("row_sums", self._own(i.out[0]), square)
 
-    def _sgd(self, i: Instruction) -> None:
+    def _learn(self, i: Instruction) -> None:
         weight, *state = (self._own(slot) for slot in i.out)
         self._descend(i, weight, state, self._own(i.inputs[0]))
         if self.position[0].startswith("step") and role_of(weight) == "weight":
             self._renew(self._index(weight))
-
-    def _adam(self, i: Instruction) -> None:
-        weight, first, second = (self._own(slot) for slot in i.out)
-        self._descend_by_adam(i, weight, first, second, self._own(i.inputs[0]))
-
-    _adamw = _adam
 
     # --- values and places ----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pctt._checks import require_one_of
+from pctt.learning.rules import STATE
 
 FORMATS = ("float32", "bfloat16")
 FIDELITIES = ("LoFi", "HiFi2", "HiFi3", "HiFi4")
@@ -24,8 +25,8 @@ _ROLES = {
     ),
     "weights": ("operand", "transposed", "changed"),
     "masters": (
-        *("weight", "weight_gradient", "weight_momentum", "weight_first_moment", "weight_second_moment"),
-        *("bias", "bias_gradient", "bias_momentum", "bias_first_moment", "bias_second_moment", "precision"),
+        *("weight", "bias", "precision"),
+        *(f"{key}_{name}" for key in ("weight", "bias") for name in ("gradient", *STATE)),
     ),
 }
 _FIELD = {role: field for field, roles in _ROLES.items() for role in roles}

@@ -280,27 +280,32 @@ def _shift(instruction: Instruction, outs: list[Tensor], inputs: list[Tensor], s
     return lambda: torch.add(inputs[0], instruction.scale, out=outs[0])
 
 
+LINEAR: dict[str, tuple[int, Compute]] = {
+    "convolve": (2, _convolve),
+    "convolve_transposed": (2, _convolve_transposed),
+    "convolve_outer": (2, _convolve_outer),
+    "pool_mean": (1, _pool_mean),
+    "unpool_mean": (1, _unpool_mean),
+    "take": (1, _take),
+    "put": (1, _put),
+    "permute": (1, _permute),
+    "scale_channels": (2, _scale_channels),
+    "divide_channels": (2, _divide_channels),
+    "channel_sum": (1, _channel_sum),
+    "channel_inner": (2, _channel_inner),
+    "embed_outer": (2, _embed_outer),
+}
+"""Operations that may be scaled and added to something: how many operands each has, and what of them."""
+
 OPERATIONS: dict[str, Callable[..., Call]] = {
-    "convolve": linear(2, _convolve),
-    "convolve_transposed": linear(2, _convolve_transposed),
-    "convolve_outer": linear(2, _convolve_outer),
+    **{name: linear(*entry) for name, entry in LINEAR.items()},
     "pool_max": whole(_pool_max),
     "unpool_max": whole(_unpool_max),
-    "pool_mean": linear(1, _pool_mean),
-    "unpool_mean": linear(1, _unpool_mean),
-    "take": linear(1, _take),
-    "put": linear(1, _put),
-    "permute": linear(1, _permute),
     "shift": _shift,
     "add_channels": _add_channels,
-    "scale_channels": linear(2, _scale_channels),
-    "divide_channels": linear(2, _divide_channels),
-    "channel_sum": linear(1, _channel_sum),
-    "channel_inner": linear(2, _channel_inner),
     "normalise": whole(_normalise),
     "normalise_pull": whole(_normalise_pull),
     "embed": whole(_embed),
-    "embed_outer": linear(2, _embed_outer),
     "attend": whole(_attend),
     "attend_pull": _attend_pull,
 }

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pctt.energies import Categorical, Energy, Gaussian
 from pctt.layers.dense import Dense
 from pctt.layers.maps import Add, Bias, Flatten, Function, Linear, Map, Scale, Shape, Use
+from pctt.learning.rules import STATE
 from pctt.program import Slot
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ class Expression:
         named = [key for part in keys for key in part.values()]
         if len(set(named)) != len(named):
             raise ValueError("two maps of a block have weights of one name; name their steps.")
-        for kept in ("gradient", "momentum", "first_moment", "second_moment"):
+        for kept in ("gradient", *STATE):
             clash = next((key for key in named if f"{key}_{kept}" in named), None)
             if clash is not None:
                 raise ValueError(

@@ -18,8 +18,11 @@ from pctt.program import LEARNING_RATE, Instruction, Slot
 if TYPE_CHECKING:
     from pctt.state import AbstractState
 
+STATE = ("momentum", "first_moment", "second_moment")
+"""What rules keep beside each weight, by the names that their tensors' roles end in."""
 
-def _check(rule: SGD | Adam | AdamW) -> None:
+
+def _check(rule: Learning) -> None:
     require_finite_positive("rate", rule.rate)
     require_between("weight_decay", rule.weight_decay, 0.0, math.inf)
     if not isinstance(rule.schedule, (Constant, WarmupCosine)):
@@ -28,12 +31,11 @@ def _check(rule: SGD | Adam | AdamW) -> None:
         require_finite_positive("clip_norm", rule.clip_norm)
 
 
-def _write(
-    at: AbstractState, op: str, state: tuple[str, ...], rule: SGD | Adam | AdamW, **options: float
-) -> None:
+def _write(at: AbstractState, op: str, state: tuple[str, ...], rule: Learning, **options: float) -> None:
     """For each layer: clip its gradient, then `op` on its weight and on its bias, each with tensors of its
     own for `state`.
     """
+    assert set(state) <= set(STATE), state
     parameters = [(index, at.net.rule(index).trained) for index in at.net.owners]
     parameters = [(index, names) for index, names in parameters if names]
     if rule.clip_norm is not None:

@@ -14,6 +14,7 @@ from pctt.backends.graph_lowering import MOVES, moved_shapes
 from pctt.backends.lowering import TILE, CardBuffer, is_reordered, num_programs
 from pctt.backends.precision import BYTES
 from pctt.groups import Layout
+from pctt.learning.rules import STATE
 from pctt.placement.chips import CHIPS, Chip, Grid
 from pctt.program import Instruction, Program, Slot
 
@@ -21,7 +22,7 @@ TILE_BYTES = TILE * TILE * 4
 
 KINDS = {
     "weights": ("weight", "bias", "operand", "transposed", "precision"),
-    "learning state": ("_momentum", "_moment"),
+    "learning state": tuple(f"_{name}" for name in STATE),
     "transient": (*("_gradient", "transposed_activity", "scratch", "square", "product", "step", "_aside"),),
 }
 

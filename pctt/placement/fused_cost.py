@@ -263,7 +263,15 @@ class FusedPlacement:
         return max(cycles) / self.chip.clock_hz
 
     def cost(self) -> FusedCost:
-        """Of a training step with at least one inference step."""
+        """Of a training step with at least one inference step.
+
+        Raises ValueError where nothing moves in inference.
+        """
+        if not self.walk:
+            raise ValueError(
+                "no node moves in inference, so there is no step to predict; plan a network of two layers or "
+                "more, with at least one inference step."
+            )
         sequence, last, hertz = self.sequence, self.walk[-1], self.chip.clock_hz
         whole, again = self.run(sequence).ends, self.run([last] * STEADY).ends
         step = (again[-1] - again[STEADY // 2 - 1]) / (STEADY - STEADY // 2)
@@ -336,7 +344,7 @@ def fused_placement(
         compiler.tasks,
         tuple(tuple(read(stream, rates.work) for stream in section) for section in compiler.streams),
         names,
-        tuple(compiler.codes[program.steps[number]] for number in program.walk),
+        tuple(compiler.codes[code] for number in program.walk if (code := program.steps[number])),
         compiler.bytes_per_core(),
         rates,
     )

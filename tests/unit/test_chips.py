@@ -127,7 +127,7 @@ def test_a_grid_without_cores_is_refused(grid: Any) -> None:
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ValueError, match=r"chip must be one of n150, n300, p100a, p150, got 'n151'"):
+    with pytest.raises(ValueError, match=r"chip must be one of n150, .*p150.*, got 'n151'"):
         chip("n151")
     assert set(FIDELITY_PHASES) == set(FIDELITIES)
     for rate in (chip("n150").matmul_flops_per_second, chip("n150").tile_product_cycles):

@@ -30,6 +30,7 @@ from pctt.backends.emulated import cut, matrix_sum, rounded_away
 from pctt.backends.lowering import TILE, lower
 from pctt.backends.precision import POLICIES
 from pctt.groups import layout
+from pctt.learning import Learning
 
 INFERENCE = Inference(num_steps=8, rate=0.1)
 
@@ -281,7 +282,7 @@ def test_without_steps_the_energy_is_that_of_the_prediction() -> None:
 
 
 @pytest.mark.parametrize("rule", LEARNINGS.values(), ids=LEARNINGS)
-def test_updates_are_those_of_the_reference(rule: SGD | Adam | AdamW) -> None:
+def test_updates_are_those_of_the_reference(rule: Learning) -> None:
     """Masters and states are fp32 and stay on the card's fp32 unit: after four updates they are at most some
     forty roundings of 2^-24 from fp64, each of at most the size of the weights.
     """

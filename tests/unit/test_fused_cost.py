@@ -274,3 +274,11 @@ def test_a_chip_twice_as_fast_takes_half_the_time_but_for_the_launch() -> None:
     slow = plan.cost()
     assert fast.step == pytest.approx(slow.step / 2)
     assert fast.training - 25e-6 == pytest.approx((slow.training - 25e-6) / 2)
+
+
+def test_a_network_in_which_nothing_moves_has_no_step_to_predict() -> None:
+    """One layer, both ends clamped: it is placed, and its cost is refused in a sentence."""
+    placed = fused_placement(pctt.chain(32, [pctt.Dense(32)]), "n150", learning=pctt.SGD(0.1))
+    assert placed.cores.total == 2 and placed.walk == ()
+    with pytest.raises(ValueError, match="no node moves in inference, so there is no step to predict"):
+        placed.cost()

@@ -6,17 +6,19 @@ core, and an instruction may touch one layer and the two nodes beside it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from helpers import HIDDEN_ACTIVATIONS, INFERENCES, LEARNINGS, NETWORKS
 
-from pctt import SGD, Adam, Categorical, Dense, Inference, Network, chain
+from pctt import SGD, Adam, Categorical, Dense, Engine, Inference, Network, chain, graph, init
 from pctt.assemble import assemble
 from pctt.backends.emulated import FUNCTIONS
 from pctt.backends.lowering import TILE, CardBuffer, lower
 from pctt.backends.precision import POLICIES, PrecisionPolicy
 from pctt.groups import Layout, layout
+from pctt.learning.rules import _write
 from pctt.placement.budget import card_buffer
 from pctt.program import BATCH, Instruction, Program, Slot
 
@@ -243,3 +245,20 @@ def test_storage_is_whole_tiles() -> None:
         if buffer.scalar is None:
             assert buffer.tiles(29) == (1, 1), name
             assert buffer.rows in (BATCH, 1, TILE), name
+
+
+@dataclass(frozen=True)
+class Signs(SGD):
+    """A learning rule with an operation that no card backend has."""
+
+    def write(self, at: Any) -> None:
+        _write(at, "signs", (), self)
+
+
+@pytest.mark.parametrize("wired", [False, True])
+def test_an_operation_that_lowering_does_not_know_is_refused_by_name(wired: bool) -> None:
+    """A rule that somebody adds to the reference alone: no AttributeError, and not taken for a map."""
+    layer = Dense(4, "tanh")
+    net = graph({"input": 3}, {"y": (layer, "input")}) if wired else chain(3, [layer])
+    with pytest.raises(ValueError, match="the operation 'signs' is not run by the card backends"):
+        Engine(net, init(net), Inference(1), ("input", net.output), learning=Signs(0.1), backend="emulated")

@@ -4,7 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers import HIDDEN_ACTIVATIONS, NETWORKS, identical, random_nodes, random_weights
+from helpers import (
+    HIDDEN_ACTIVATIONS,
+    NETWORKS,
+    ORACLE_FUNCTIONS,
+    identical,
+    random_nodes,
+    random_weights,
+)
 
 from pctt import (
     BackendUnavailable,
@@ -17,6 +24,7 @@ from pctt import (
     init,
     weight_gradients,
 )
+from pctt.activations import ACTIVATIONS
 from pctt.groups import layout
 from pctt.initialisers import SCHEMES
 from pctt.network import check_weights
@@ -368,3 +376,10 @@ def test_weight_gradients_have_the_tree_of_the_weights():
         assert {n: {k: v.shape for k, v in layer.items()} for n, layer in gradients.items()} == {
             n: {k: v.shape for k, v in layer.items()} for n, layer in weights.items()
         }
+
+
+def test_an_activation_says_whether_it_keeps_zero():
+    """By the oracle's functions. A card's padding is zero; what f makes of it must not count."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    for name, entry in ACTIVATIONS.items():
+        assert entry.keeps_zero == (ORACLE_FUNCTIONS[name](zero).item() == 0.0), name

