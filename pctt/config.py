@@ -54,7 +54,7 @@ ON_DIVERGENCE = ("stop", "halve_rate", "skip_batch")
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Initial weights, see pctt.init."""
+    """Initial weights.    scheme, gain: as of `pctt.init`."""
 
     scheme: str = "xavier"
     gain: float | None = None
@@ -67,8 +67,10 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """name: of the data set. data_dir: folder of its files, else PCTT_DATA. validation: fraction of the
-    training data held out.
+    """What to train on.
+
+    name: of the data set.    data_dir: folder of its files, else PCTT_DATA.
+    validation: fraction of the training data held out, in [0, 1).
     """
 
     name: str = "digits"
@@ -81,9 +83,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """epochs: of the whole run.
+    """How long, how and where to train.
+
+    epochs: of the whole run.    batch_size: samples per learning step.
     seed: of weights, validation split and batch order.
     algorithm: pc, or the backprop twin.
+    backend: reference, emulated or tenstorrent.
     device: reference: a torch device; emulated: a chip such as n150; tenstorrent: the number of a card.
     checkpoint_every: also write a checkpoint after this many batches, not only after each epoch.
     tensorboard: mirror the metrics to tensorboard event files in the run folder.
@@ -153,6 +158,7 @@ ROLES = ("images", "labels", "zeros")
 class RunConfig:
     """Everything that decides a run.
 
+    data, inference, learning, init, training: sections of their own.
     layers: of the chain; its input is as wide as the data, and where there are blocks, of its shape. A table
         without `kind` is a dense layer; kind = "block" has `steps`, the kind of a map makes a block of it.
         With `of` in a table it is a graph, and layers without `of` read the one before.
@@ -203,6 +209,7 @@ class RunConfig:
 
     @property
     def is_graph(self) -> bool:
+        """Whether a layer says what it reads, or there are nodes beside input and output."""
         return any(isinstance(layer, Wired) for layer in self.layers)
 
     def node_of(self, role: str, net: Network) -> str | None:

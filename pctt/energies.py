@@ -75,10 +75,12 @@ class Gaussian:
 
     @property
     def is_unit(self) -> bool:
+        """Whether the precision is 1 for every unit, for good."""
         return self.precision == 1.0 and self.learned is None
 
     @property
     def is_full(self) -> bool:
+        """Whether the precision is a matrix that couples units."""
         return isinstance(self.precision, tuple) and any(isinstance(row, tuple) for row in self.precision)
 
     def check(self, units: int) -> None:

@@ -81,11 +81,13 @@ class Network:
 
     @cached_property
     def nodes(self) -> tuple[str, ...]:
+        """Names of all nodes, those that nothing predicts first."""
         roots = (INPUT,) if self.wiring is None else tuple(root.name for root in self.wiring.roots)
         return (*roots, *self.names)
 
     @cached_property
     def num_roots(self) -> int:
+        """How many nodes nothing predicts."""
         return len(self.nodes) - len(self.names)
 
     @cached_property
@@ -118,6 +120,7 @@ class Network:
 
     @cached_property
     def output_index(self) -> int:
+        """Index of the node `output`."""
         return self.node_index(self.output)
 
     def dense_layers(self, what: str) -> tuple[Dense, ...]:
@@ -141,6 +144,7 @@ class Network:
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
+        """The local rules of every layer, in the order of `layers`."""
         if self.wiring is None:
             return tuple(layer for layer in self.layers if isinstance(layer, Dense))
         return tuple(
@@ -224,6 +228,7 @@ class Network:
         return shapes
 
     def num_weights(self) -> int:
+        """How many numbers the layers have; shared ones count once."""
         return sum(
             torch.Size(shape).numel() for shapes in self.weight_shapes().values() for shape in shapes.values()
         )

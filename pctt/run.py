@@ -635,6 +635,9 @@ def load(
     """The trainer that `save` wrote, ready to go on; on any backend, since a checkpoint does not depend on
     the one that wrote it.
 
+    folder: what `Trainer.save` was given.
+    backend, device, precision, fused, cores_per_layer: as of `Trainer`.
+
     Raises CheckpointError for a missing or damaged file or one of another layout, and what `Trainer` raises.
     """
     path = Path(folder) / CHECKPOINT

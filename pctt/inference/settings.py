@@ -120,6 +120,7 @@ class Inference:
 
     @property
     def is_random(self) -> bool:
+        """Whether inference draws noise, so that its end depends on a seed."""
         return self.dynamics == "langevin"
 
     @property

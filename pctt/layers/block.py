@@ -78,6 +78,7 @@ class Block:
 
     @property
     def learns_variance(self) -> bool:
+        """Whether the variance of the node's error is learned."""
         return isinstance(self.energy, Gaussian) and self.energy.learned is not None
 
 
@@ -243,6 +244,7 @@ class Expression:
 
     @property
     def learns_variance(self) -> bool:
+        """Whether the variance of the node's error is learned."""
         return isinstance(self.energy, Gaussian) and self.energy.learned is not None
 
     @property

@@ -13,6 +13,7 @@ class Constant:
     """The rate as given."""
 
     def factor(self, step: int, total_steps: int) -> float:
+        """1, at every step."""
         del step, total_steps
         return 1.0
 

@@ -40,6 +40,7 @@ class Group:
     """All ranks of a run. Every method raises PeerLost where another rank is gone.
 
     rank, size: this rank, counted from 0, and their number.    device: of the tensors that are sent.
+    timeout: seconds after which a rank that does not answer counts as lost.
     traffic: what was sent since the start, to be read or replaced.
     """
 

@@ -61,6 +61,7 @@ class CoreUse:
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of L1 that it holds, of all kinds."""
         return sum(self.bytes_by_kind.values())
 
 

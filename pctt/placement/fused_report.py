@@ -15,7 +15,10 @@ from pctt.placement.fused_cost import FusedCost, FusedPlacement
 
 @dataclass(frozen=True)
 class FusedReport:
-    """A network as the fused kernel would train it on a chip, and the predicted cost."""
+    """A network as the fused kernel would train it on a chip, and the predicted cost.
+
+    net, batch_size, num_steps: what is trained, and its inference steps.    placement: on which cores.
+    """
 
     net: Network
     placement: FusedPlacement

@@ -43,7 +43,10 @@ COLUMNS: tuple[tuple[str, Callable[[Cost], str]], ...] = (
 class Plan:
     """A network on the cores of a chip, before anything runs.
 
-    rows: of a batch, padding included.    inference: whose steps `costs` counts.
+    net, chip: which network, on which chip.    grid: (columns, rows) of cores.
+    batch_size: of the largest batches.    rows: of a batch, padding included.
+    inference: whose steps `costs` counts.
+    layout, budget: where tensors lie, and the bytes of L1 they take.
     program: in card operations.    costs: by section.
     reasons: why a layer, by its index, is spread over all cores.
     """
@@ -163,7 +166,7 @@ def plan(
         >>> import pctt
         >>> net = pctt.chain(input=64, layers=[pctt.Dense(32, "tanh"), pctt.Dense(10)])
         >>> plan(net, "n150").costs["inference step"].programs
-        7
+        6
     """
     require_count("batch_size", batch_size, least=1)
     net.dense_layers("a plan")
@@ -203,7 +206,8 @@ def arrange(
 ) -> tuple[Layout, Program]:
     """The layout of `net` that keeps most layers on cores of their own, and its program in card operations.
 
-    write: the program for a layout.    grid: (columns, rows) of cores.    rows: of a batch, padding included.
+    grouped: stack equal layers.    write: the program for a layout.    policy: formats of the tensors.
+    chip: where.    grid: (columns, rows) of cores.    rows: of a batch, padding included.
 
     Of a graph every tensor is spread over all cores.
 

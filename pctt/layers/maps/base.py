@@ -86,6 +86,7 @@ class Map:
         return shapes[0]
 
     def weight_shapes(self, shapes: Sequence[Shape]) -> dict[str, Shape]:
+        """{key: shape} of the map's weights, for inputs of these shapes, which have no batch axis."""
         del shapes
         return {}
 
