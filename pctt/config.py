@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pctt._checks import require_between, require_count, require_finite_positive, require_one_of
 from pctt.backends import BACKENDS
 from pctt.backends.precision import PrecisionPolicy
+from pctt.describe import Concise
 from pctt.energies import Categorical, Gaussian
 from pctt.inference import Inference
 from pctt.initialisers import SCHEMES
@@ -53,7 +54,7 @@ ON_DIVERGENCE = ("stop", "halve_rate", "skip_batch")
 
 
 @dataclass(frozen=True)
-class InitConfig:
+class InitConfig(Concise):
     """Initial weights.    scheme, gain: as of `pctt.init`."""
 
     scheme: str = "xavier"
@@ -66,7 +67,7 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Concise):
     """What to train on.
 
     name: of the data set.    data_dir: folder of its files, else PCTT_DATA.
@@ -82,7 +83,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Concise):
     """How long, how and where to train.
 
     epochs: of the whole run.    batch_size: samples per learning step.
@@ -135,7 +136,7 @@ def _check_device(backend: str, device: str) -> None:
 
 
 @dataclass(frozen=True)
-class Wired:
+class Wired(Concise):
     """A layer of a graph: its table has these keys beside the layer's own.
 
     of: names of the nodes that it predicts from.    shared: name of the layer whose weights it uses.
@@ -155,7 +156,7 @@ ROLES = ("images", "labels", "zeros")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Concise):
     """Everything that decides a run.
 
     data, inference, learning, init, training: sections of their own.

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pctt import describe, sketch
 from pctt.layers.block import Block, Expression, Layer, express
 from pctt.layers.dense import Dense
 from pctt.layers.maps import Embedding, Linear, Reshape, Shape
@@ -68,6 +69,12 @@ class Network:
     names: tuple[str, ...]
     backward: Network | None = None
     wiring: Wiring | None = None
+
+    def __repr__(self) -> str:
+        return describe.network(self)
+
+    def _repr_svg_(self) -> str:
+        return sketch.network(self)
 
     @property
     def chains(self) -> tuple[Network, ...]:

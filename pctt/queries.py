@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pctt import describe, sketch
 from pctt.energies import Categorical
 from pctt.engine import Engine, Status
 from pctt.inference import Inference
@@ -49,6 +50,12 @@ class InferenceResult:
     given: dict[str, Tensor]
     seed: int = 0
     held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def __repr__(self) -> str:
+        return describe.inference_result(self)
+
+    def _repr_svg_(self) -> str | None:
+        return sketch.energies(self)
 
 
 def infer(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pctt._checks import require_count, require_one_of
 from pctt.activations import activation
+from pctt.describe import Concise
 from pctt.energies import Categorical
 from pctt.layers.block import Block, Step
 from pctt.layers.dense import Dense
@@ -62,7 +63,7 @@ def _gate(units: int, function: str) -> Part:
 
 
 @dataclass(frozen=True)
-class RNNCell:
+class RNNCell(Concise):
     """h = f(x Wx + b + h' Wh), with h' the h of the step before.
 
     units: of h.    activation: f, tanh as in torch, or another that acts on each unit.
@@ -85,7 +86,7 @@ class RNNCell:
 
 
 @dataclass(frozen=True)
-class LSTMCell:
+class LSTMCell(Concise):
     """c = f c' + i g, h = o tanh(c), with gates i, f, o and g of x and h' (Hochreiter & Schmidhuber 1997;
     Gers et al. 2000).
 
@@ -128,7 +129,7 @@ class LSTMCell:
 
 
 @dataclass(frozen=True)
-class GRUCell:
+class GRUCell(Concise):
     """h = n + z (h' - n), with gates r and z of x and h', and n of x and r times what h' gives (Cho et al.
     2014, the order of product and gate that torch has).
 

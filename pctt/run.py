@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pctt import backprop, checkpoint
+from pctt import backprop, checkpoint, describe
 from pctt._checks import require_count, require_one_of
 from pctt.backends import BackendUnavailable, DeviceLost
 from pctt.backends.placed import Placed
@@ -100,6 +100,9 @@ class FitResult:
     epochs: int
     steps: int
     validation_accuracy: float | None
+
+    def __repr__(self) -> str:
+        return describe.fit_result(self)
 
 
 class Trainer:
@@ -200,6 +203,9 @@ class Trainer:
         self.on_divergence = on_divergence
         self.setbacks = Setbacks()
         self._check_on_divergence()
+
+    def __repr__(self) -> str:
+        return describe.trainer(self)
 
     @property
     def weights(self) -> Weights:

@@ -16,6 +16,7 @@ from pctt.control.model import (
     trajectory_network,
     trajectory_weights,
 )
+from pctt.describe import Concise
 from pctt.energies import Gaussian
 from pctt.engine import Engine, Status
 from pctt.inference import Inference
@@ -29,7 +30,7 @@ MOST_DRIVE = 1.5
 
 
 @dataclass(frozen=True)
-class Planning:
+class Planning(Concise):
     """How a plan is made.
 
     horizon: steps that it looks ahead, H.
@@ -86,6 +87,13 @@ class Plan:
     gap: float
     status: Status
     trajectory: Tensor | None = None
+
+    def __repr__(self) -> str:
+        situations, horizon, units = self.actions.shape
+        return (
+            f"Plan: {self.status.name}, {situations} situations, {horizon} actions of {units} units ahead, "
+            f"energy {float(self.energy.mean()):.4g}, gap {self.gap:.3g}"
+        )
 
 
 class PredictiveController:

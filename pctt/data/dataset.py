@@ -26,6 +26,9 @@ class Split:
     inputs: Tensor
     labels: Tensor
 
+    def __repr__(self) -> str:
+        return f"Split: {len(self.labels):,} samples of {self.inputs.shape[1]} numbers, {self.inputs.dtype}"
+
     def __post_init__(self) -> None:
         _check_inputs(self.inputs)
         _check_labels(self.labels)
@@ -57,6 +60,12 @@ class Dataset:
     num_classes: int
     image_shape: tuple[int, int] | tuple[int, int, int]
     class_names: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"Dataset: {self.name}, {self.num_classes} classes, {' x '.join(map(str, self.shape))}; "
+            f"{len(self.train.labels):,} training and {len(self.test.labels):,} test samples"
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pctt._checks import require_count, require_finite_positive, require_one_of
 from pctt.activations import activation
+from pctt.describe import Concise
 from pctt.energies import Categorical, Energy, Gaussian
 from pctt.program import Slot
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Concise):
     """A fully connected layer that predicts `units` units, [B, units] from [B, in] by a weight [in, units].
 
     activation: identity, tanh, relu, leaky_relu, sigmoid, gelu, silu, hard_tanh; softmax at the last layer.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pctt._checks import require_betas, require_between, require_finite_positive
+from pctt.describe import Concise
 from pctt.learning.schedules import Constant, Schedule, WarmupCosine
 from pctt.program import LEARNING_RATE, Instruction, Slot
 
@@ -53,7 +54,7 @@ def _write(
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Concise):
     """u <- momentum u + (g + weight_decay w),  w <- w - rate u   (as torch.optim.SGD, dampening 0).
 
     rate: the learning rate eta, above 0.    momentum: in [0, 1).    weight_decay: at least 0.
@@ -84,7 +85,7 @@ class SGD:
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Concise):
     """Kingma & Ba 2015, algorithm 1, weight decay added to the gradient (as torch.optim.Adam).
 
     m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  w <- w - rate m^ / (sqrt(v^) + epsilon),
@@ -112,7 +113,7 @@ class Adam:
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(Concise):
     """Adam with decoupled weight decay, w <- w - rate weight_decay w first (Loshchilov & Hutter 2019;
     torch.optim.AdamW).
 

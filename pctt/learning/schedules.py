@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 from pctt._checks import require_between
+from pctt.describe import Concise
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(Concise):
     """The rate as given."""
 
     def factor(self, step: int, total_steps: int) -> float:
@@ -19,7 +20,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class WarmupCosine:
+class WarmupCosine(Concise):
     """Linear from 0 to the rate over `warmup` of all steps, then half a cosine down to `final` of it
     (Loshchilov & Hutter 2017).
 

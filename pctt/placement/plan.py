@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
+from pctt import sketch
 from pctt._checks import require_count
 from pctt.assemble import assemble
 from pctt.backends.graph_lowering import lower_graph
@@ -80,6 +81,23 @@ class Plan:
         title = f"{widths} on {self.chip.name}, {across} x {down} cores, batches of {self.batch_size}"
         uses.sort(key=lambda use: places.index(use.core))
         return FloorPlan(title, self.grid, self.chip.l1_bytes, tuple(uses), tuple(self._lines()))
+
+    def __repr__(self) -> str:
+        step = self.costs["training step"]
+        used = sum(self._bytes_by_kind().values())
+        return (
+            f"Plan: {self.floor_plan().title}\n"
+            f"  {used:,} of {self.chip.l1_bytes:,} B of L1 on each core\n"
+            f"  training step of {self.inference.num_steps} inference steps: {1e6 * step.traced:,.0f} us, "
+            "predicted, as a trace\n"
+            "  print(plan) shows all"
+        )
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+    def _repr_svg_(self) -> str:
+        return sketch.floor_plan(self.floor_plan())
 
     def as_text(self) -> str:
         """The floor plan, the budget of each core and the costs, in ASCII, at most 110 columns wide."""

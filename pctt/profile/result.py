@@ -116,6 +116,13 @@ class Profile:
     predicted: float | None = None
     product_rate: float | None = None
 
+    def __repr__(self) -> str:
+        whole = f"{1e3 * self.whole:,.3g} ms" if self.is_measured else "predicted"
+        return f"Profile: {self.title}; a training step: {whole}. print(profile) shows all."
+
+    def __str__(self) -> str:
+        return self.as_text()
+
     # --- sums -----------------------------------------------------------------------------------------------
 
     @property

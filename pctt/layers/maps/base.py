@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pctt._checks import require_count
+from pctt.describe import Concise
 from pctt.program import Instruction, Slot
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Map:
+class Map(Concise):
     """What all maps have. Subclasses are data: what they compute depends on nothing but their fields."""
 
     kind: ClassVar[str] = ""
