@@ -24,6 +24,7 @@ WIDTH, HEIGHT = 112, 62  # of a node
 ACROSS, DOWN = 54, 22  # between nodes
 MARGIN = 34
 LETTERS = 15  # that fit into a node
+LETTER = 7  # its width
 BLUE, ORANGE, LINE = "#0072B2", "#D55E00", "#d8dee4"
 
 STYLE = f"""
@@ -195,10 +196,10 @@ def floor_plan(plan: FloorPlan) -> str:
     columns, rows = plan.grid
     width, height, head = columns * CELL, rows * CELL, 26
     size = f'<svg x="8" y="{head}" width="{width}" height="{height}" '
+    drawn = Markup(grid(plan).replace("<svg ", size, 1))
+    paper = max(width, LETTER * len(plan.title)) + 16
     title = element("text", plan.title, x=8, y=18)
-    return _page(
-        plan.title, width + 16, height + head + 6, title, Markup(grid(plan).replace("<svg ", size, 1))
-    )
+    return _page(plan.title, paper, height + head + 6, title, drawn)
 
 
 def _page(title: str, width: float, height: float, *parts: Markup) -> str:

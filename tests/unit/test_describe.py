@@ -90,6 +90,8 @@ def test_the_table_of_a_network_has_every_node_and_all_weights(net: pctt.Network
     numbers = [row.split()[-1].replace(",", "") for row in rows if not row.strip().startswith("node")]
     assert sum(int(number) for number in numbers if number.isdigit()) == drawn
     assert max(map(len, rows)) < 150
+    borrowed = [net.nodes[net.owner(index)] for index in net.indices if net.owner(index) != index]
+    assert [row.split()[-1] for row in rows if " those of " in row] == borrowed
 
 
 def test_a_large_network_is_shown_in_part() -> None:
