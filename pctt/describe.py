@@ -27,7 +27,8 @@ class Concise:
     """Makes the `repr` of a dataclass name only what differs from its defaults, as it would be typed."""
 
     def __init_subclass__(cls) -> None:
-        cls.__repr__ = Concise.__repr__  # `dataclass` leaves one that a class has of its own
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Concise.__repr__  # `dataclass` leaves one that a class has of its own
 
     def __repr__(self) -> str:
         return settings(self)

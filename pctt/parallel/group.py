@@ -157,7 +157,7 @@ def connect(
 
     device: "cpu" talks through gloo, "cuda" through nccl, each rank on the GPU of its LOCAL_RANK.
     timeout: seconds after which a rank that does not answer counts as lost.
-    rank, size, rendezvous: without torchrun, "file:///path" that no other run uses.
+    rank, size, rendezvous: without torchrun, `file:///path` that no other run uses.
 
     Raises ValueError where neither torchrun nor arguments say which rank this is, PeerLost where the others
     do not come.

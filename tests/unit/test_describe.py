@@ -62,6 +62,19 @@ def test_a_setting_at_its_defaults_is_its_name() -> None:
     assert repr(pctt.Dense(8)) == "Dense(8)"
 
 
+def test_a_map_of_ones_own_prints_as_it_likes() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Plain(layers.Map):
+        size: int = 3
+
+    @dataclasses.dataclass(frozen=True)
+    class Special(layers.Map):
+        def __repr__(self) -> str:
+            return "special"
+
+    assert (repr(Plain()), repr(Plain(4)), repr(Special())) == ("Plain()", "Plain(size=4)", "special")
+
+
 def test_a_long_tuple_is_cut() -> None:
     assert repr(pctt.Gaussian((2.0,) * 5000)) == "Gaussian(precision=(2.0, 2.0, 2.0, ... 5000 in all))"
     block = pctt.Block(["tanh"] * 100)
