@@ -18,6 +18,7 @@ NAMES = r"[A-Za-z_]\w*(?:, [A-Za-z_]\w*)*"
 FIELD = re.compile(rf"({NAMES}): (.*)")
 BETWEEN = re.compile(rf"(?<=\S)    (?={NAMES}: )")
 HEADING = re.compile(r"(Args|Returns|Raises|Yields|Example):$")
+ALIAS = re.compile(r"TypeAliasForwardRef\('([^']*)'\)")
 MARKUP = re.compile(r"[\\*_|`]")
 PAGE = re.compile(r"\b(docs/[\w/-]+)\.md\b")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def setup(app: Any) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", _process)
+    app.connect("autodoc-process-signature", _named)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -33,6 +35,13 @@ def _process(app: Any, what: str, name: str, thing: object, options: object, lin
     if dataclasses.is_dataclass(thing) and lines and lines[0].startswith(f"{_name(thing)}("):
         lines.clear()  # what `dataclass` writes where there is no docstring
     lines[:] = converted(lines, argument_names(thing) if what != "module" else set())
+
+
+def _named(*given: Any) -> tuple[str | None, str | None]:
+    """Signatures with the names of type aliases, also where these stand in a union."""
+    *_, arguments, returned = given
+    shown = [text and ALIAS.sub(r"\1", text) for text in (arguments, returned)]
+    return shown[0], shown[1]
 
 
 def argument_names(thing: Any) -> set[str]:
