@@ -1,5 +1,5 @@
 # One verb per job. README, pre-commit and continuous integration call these and nothing else.
-#   make train ARGS="--epochs 5"     ARGS is passed on to the command behind train, test, test-tt, bench, faults
+#   make train ARGS="--epochs 5"     ARGS is passed on to the command behind train, test, test-tt, docs, bench, faults
 #   make test PYTHON=python3.12      the Python that .venv is made with, where there is no .venv yet
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ TT     := .venv-tt/bin
 OLD    := pctt needs Python 3.10 or newer, and this one is older
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-tt check fix bench faults clean
+.PHONY: help venv train test test-tt check fix docs bench faults clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,15 @@ check: $(STAMP)  ## lint, formatting and types
 fix: $(STAMP)  ## repair what the linter and the formatter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Warnings are errors: a page that no list names, a link that leads nowhere, a docstring that cannot be read.
+docs: .venv/docs.stamp  ## make the site in build/site: all pages and the reference of the API
+	$(BIN)/sphinx-build -q -W --keep-going -c docs/_site . build/site $(ARGS)
+	@echo "build/site/index.html"
+
+.venv/docs.stamp: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
 
 bench: $(STAMP)  ## milliseconds per training batch, beside backprop and the machine's floor
 	$(BIN)/python tools/bench.py $(ARGS)

@@ -38,6 +38,7 @@ def forward(net: Network, weights: Weights, inputs: Tensor | Mapping[str, Tensor
     """The activities of a feedforward sweep, of every node, each [B, units] or [B, *shape]; of a categorical
     output its logits.
 
+    net, weights: as for `pctt.infer`.
     inputs: of the one node that nothing predicts, or by name. Nodes given by name that are predicted keep
     their values for those above them; what is returned of these is their prediction.
     """
@@ -69,7 +70,10 @@ def _predict(net: Network, index: int, parameters: Mapping[str, Tensor], sources
 
 
 def predict(layer: Dense, parameters: Mapping[str, Tensor], source: Tensor) -> Tensor:
-    """mu of one layer, [B, units], from the activity below it; of a categorical layer its logits."""
+    """mu of one layer, [B, units], from the activity below it; of a categorical layer its logits.
+
+    parameters: {"weight": [in, units], "bias": [units]}.    source: [B, in].
+    """
     function = FUNCTIONS[layer.activation]
     drive = (function(source) if layer.activate == "input" else source) @ parameters["weight"]
     drive = layer.scale * drive
@@ -83,12 +87,18 @@ def predict(layer: Dense, parameters: Mapping[str, Tensor], source: Tensor) -> T
 def loss(net: Network, output: Tensor, targets: Tensor) -> Tensor:
     """The energy of the output node per sample, [B]: what predictive coding's total energy is at a
     feedforward start.
+
+    output: its prediction, of a categorical energy the logits.    targets: [B, units] or [B, *shape].
     """
     return energy(net.layer(net.output_index), output, targets)
 
 
 def energy(layer: Layer, prediction: Tensor, activity: Tensor) -> Tensor:
-    """The energy of a node per sample, [B], at a prediction (of a categorical energy the logits)."""
+    """The energy of a node per sample, [B].
+
+    layer: that predicts it.    prediction: of a categorical energy the logits.    activity: what the node is
+        at, of the same size.
+    """
     if isinstance(layer.energy, Categorical):
         shares = activity.reshape(prediction.shape)
         terms = torch.xlogy(shares, shares) - shares * torch.log_softmax(prediction, -1)
@@ -101,7 +111,10 @@ def energy(layer: Layer, prediction: Tensor, activity: Tensor) -> Tensor:
 
 
 def gradients(net: Network, weights: Weights, inputs: Tensor, targets: Tensor) -> tuple[Weights, float]:
-    """(dloss/dW of the batch mean, same tree as `weights`; the mean loss)."""
+    """(dloss/dW of the batch mean, same tree as `weights`; the mean loss).
+
+    inputs, targets: of the nodes `net.input_name` and `net.output`, [B, units] or [B, *shape].
+    """
     found, losses, _ = differentiate(net, weights, {net.input_name: inputs, net.output: targets})
     return found, sum(losses.values())
 

@@ -26,6 +26,7 @@ from pctt.backends import DeviceLost
 from pctt.config import RunConfig, from_dict, to_dict
 from pctt.dashboard.command import dashboard
 from pctt.data import Dataset, Split, split_validation
+from pctt.describe import where
 from pctt.doctor import examine
 from pctt.engine import Status
 from pctt.inference import Inference
@@ -39,7 +40,7 @@ from pctt.placement.fused_report import FusedReport
 from pctt.placement.plan import plan as make_plan
 from pctt.placement.scaling import scaling
 from pctt.profile.command import profile
-from pctt.report import CURVES, Asking, Reporter, described, draw, print_json, say_error
+from pctt.report import CURVES, Asking, Reporter, draw, print_json, say_error
 from pctt.run import CHECKPOINT, FitResult, Trainer
 from pctt.run import load as load_run
 from pctt.typed import (
@@ -341,7 +342,7 @@ def evaluate(
     else:
         print(
             f"{run}: test accuracy {accuracy:.2%} on {len(dataset.test)} samples of {dataset.name}, "
-            f"after {trainer.progress.epoch} epochs; {described(trainer)}."
+            f"after {trainer.progress.epoch} epochs; {where(trainer)}."
         )
     return OK
 

@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pctt._checks import require_between, require_count, require_finite_positive, require_one_of
 from pctt.backends import BACKENDS
 from pctt.backends.precision import PrecisionPolicy
+from pctt.describe import Concise
 from pctt.energies import Categorical, Gaussian
 from pctt.inference import Inference
 from pctt.initialisers import SCHEMES
@@ -51,8 +52,8 @@ ON_DIVERGENCE = ("stop", "halve_rate", "skip_batch")
 
 
 @dataclass(frozen=True)
-class InitConfig:
-    """Initial weights, see pctt.init."""
+class InitConfig(Concise):
+    """Initial weights.    scheme, gain: as of `pctt.init`."""
 
     scheme: str = "xavier"
     gain: float | None = None
@@ -64,9 +65,11 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """name: of the data set. data_dir: folder of its files, else PCTT_DATA. validation: fraction of the
-    training data held out.
+class DataConfig(Concise):
+    """What to train on.
+
+    name: of the data set.    data_dir: folder of its files, else PCTT_DATA.
+    validation: fraction of the training data held out, in [0, 1).
     """
 
     name: str = "digits"
@@ -78,10 +81,13 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """epochs: of the whole run.
+class TrainingConfig(Concise):
+    """How long, how and where to train.
+
+    epochs: of the whole run.    batch_size: samples per learning step.
     seed: of weights, validation split and batch order.
     algorithm: pc, or the backprop twin.
+    backend: reference, emulated or tenstorrent.
     device: reference: a torch device; emulated: a chip such as n150; tenstorrent: the number of a card.
     checkpoint_every: also write a checkpoint after this many batches, not only after each epoch.
     tensorboard: mirror the metrics to tensorboard event files in the run folder.
@@ -128,7 +134,7 @@ def _check_device(backend: str, device: str) -> None:
 
 
 @dataclass(frozen=True)
-class Wired:
+class Wired(Concise):
     """A layer of a graph: its table has these keys beside the layer's own.
 
     of: names of the nodes that it predicts from.    shared: name of the layer whose weights it uses.
@@ -148,9 +154,10 @@ ROLES = ("images", "labels", "zeros")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Concise):
     """Everything that decides a run.
 
+    data, inference, learning, init, training: sections of their own.
     layers: of the chain; its input is as wide as the data, and where there are blocks, of its shape. A table
         without `kind` is a dense layer; kind = "block" has `steps`, the kind of a map makes a block of it.
         With `of` in a table it is a graph, and layers without `of` read the one before.
@@ -201,6 +208,7 @@ class RunConfig:
 
     @property
     def is_graph(self) -> bool:
+        """Whether a layer says what it reads, or there are nodes beside input and output."""
         return any(isinstance(layer, Wired) for layer in self.layers)
 
     def node_of(self, role: str, net: Network) -> str | None:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from pctt._checks import require_between, require_finite_positive, require_one_of
+from pctt.describe import Concise
 
 VARIANCE_FLOOR = 1e-6
 """Least learned variance: of an error that is 0 in every sample it would be 0."""
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Concise):
     """Squared error, weighted by a precision P (inverse variance).
 
     precision: one number above 0, one per unit, or a symmetric positive definite matrix [units][units].
@@ -75,10 +76,12 @@ class Gaussian:
 
     @property
     def is_unit(self) -> bool:
+        """Whether the precision is 1 for every unit, for good."""
         return self.precision == 1.0 and self.learned is None
 
     @property
     def is_full(self) -> bool:
+        """Whether the precision is a matrix that couples units."""
         return isinstance(self.precision, tuple) and any(isinstance(row, tuple) for row in self.precision)
 
     def check(self, units: int) -> None:
@@ -103,7 +106,7 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
-class Categorical:
+class Categorical(Concise):
     """Cross-entropy of a softmax node; its activity is a distribution over classes, one-hot or soft."""
 
 

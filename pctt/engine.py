@@ -59,6 +59,7 @@ class Status(Enum):
 
     @property
     def ok(self) -> bool:
+        """Whether it ended as asked: COMPLETED or CONVERGED."""
         return self in (Status.COMPLETED, Status.CONVERGED)
 
 
@@ -111,6 +112,7 @@ class _Batch:
 class Engine:
     """Runs `net` on a backend with one choice of clamped nodes.
 
+    weights: initial ones, {layer: {key: tensor}}, of one dtype.    inference: how activities move.
     clamped: names of the nodes held at data.
     placed: names of free nodes that are given their initial activities.
     held: names of placed nodes of which some units stay at these, in every batch those that `relax` is told.
@@ -119,7 +121,10 @@ class Engine:
     batch_size: of the largest batches to come, for which a card backend plans its memory.
     fused: on a card, run in one program of our own (docs/kernels.md).    cores_per_layer: its cores for each
         layer, None for as few as memory allows.
-    Buffers are reused between batches; what the caller gets is always a copy.
+    backend, device: as of `Trainer`.
+
+    Buffers are reused between batches; what the caller gets is always a copy. Raises ValueError for what does
+    not fit together or does not fit the chip, BackendUnavailable where the backend cannot run.
     """
 
     def __init__(
@@ -196,6 +201,7 @@ class Engine:
     # --- weights and learning state -------------------------------------------------------------------------
 
     def load_weights(self, weights: Weights) -> None:
+        """Replaces the weights. Raises ValueError for names, shapes or dtypes that are not this network's."""
         check_weights(self.net, weights)
         self._load(weights)
         self._load_masks()
@@ -203,6 +209,7 @@ class Engine:
         self._refresh()
 
     def weights(self) -> Weights:
+        """A copy of the weights, {layer: {key: tensor}}."""
         return {
             home.name: {key: self._read_layer(key, home) for key in home.layer.weight_shapes(1)}
             for home in self._owners
@@ -230,6 +237,7 @@ class Engine:
         return {name: tensors for name, tensors in state.items() if tensors}
 
     def load_learning_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Replaces what `learning_state` returns. Raises ValueError for that of another learning rule."""
         for home in self._owners:
             expected, found = set(self._state_keys(home)), set(state.get(home.name, {}))
             if found != expected:

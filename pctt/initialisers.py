@@ -78,15 +78,20 @@ def init(
     gain: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Weights:
-    """Seeded initial weights; biases are zero.
+    """Seeded initial weights of `net`; biases are zero.
 
     scheme: "xavier" (uniform, Glorot & Bengio 2010), "kaiming" (normal, fan-in, He et al. 2015), "orthogonal"
-    (Saxe et al. 2014) or "normal" (standard deviation = gain).
+        (Saxe et al. 2014) or "normal" (standard deviation = gain).
     gain: factor on the scheme's own scale; by default 1, for kaiming the activation's gain, for normal 0.05.
     dtype: drawn in float64 and rounded, so float32 and float64 networks of one seed agree.
 
     Returns {layer name: {"weight": [in, out], "bias": [out]}}; of other maps than dense ones the weights have
     torch's shapes, fan-in is what one output reads, scales start at 1, and embeddings at N(0, 1).
+    Raises ValueError for an unknown scheme, or a gain that is not above 0.
+
+    >>> from pctt import Dense, chain
+    >>> init(chain(4, [Dense(3)]))["dense1"]["weight"].shape
+    torch.Size([4, 3])
     """
     generator = torch.Generator().manual_seed(seed)
     weights: Weights = {}

@@ -60,6 +60,7 @@ class Memory:
 
     @property
     def units(self) -> int:
+        """Of a pattern."""
         return self.net.widths[self.net.node_index(PATTERN)]
 
     def clamps(self, count: int) -> dict[str, Tensor]:
@@ -121,6 +122,8 @@ class HierarchicalMemory(Memory):
     activation: of all layers above the pattern.
     prior: precision of the memory vector about its learned mean. The smaller, the less recall is drawn to the
         mean of all patterns.
+    batch_size: patterns per learning step.    seed: of weights and batch order.    dtype: of both.
+    training, asking: inference while learning, and while recalling; by default 40 and 1000 steps of momentum.
     """
 
     def __init__(
@@ -164,7 +167,8 @@ class RecurrentMemory(Memory):
     Recall moves every free unit towards its own prediction and no other one (`Detach`): at rest the free
     units are the most probable ones of a Gaussian with the learned mean and covariance, given the known ones.
 
-    units: of a pattern.
+    units: of a pattern.    batch_size, seed, dtype: as of `HierarchicalMemory`.
+    asking: inference while recalling; None for momentum of 1000 steps.
     """
 
     def __init__(

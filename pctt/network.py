@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pctt import describe, sketch
 from pctt.layers.block import Block, Expression, Layer, express
 from pctt.layers.dense import Dense
 from pctt.layers.maps import Embedding, Linear, Reshape, Shape
@@ -69,6 +70,12 @@ class Network:
     backward: Network | None = None
     wiring: Wiring | None = None
 
+    def __repr__(self) -> str:
+        return describe.network(self)
+
+    def _repr_svg_(self) -> str:
+        return sketch.network(self)
+
     @property
     def chains(self) -> tuple[Network, ...]:
         """The chain up, and the chain down if there is one."""
@@ -81,11 +88,13 @@ class Network:
 
     @cached_property
     def nodes(self) -> tuple[str, ...]:
+        """Names of all nodes, those that nothing predicts first."""
         roots = (INPUT,) if self.wiring is None else tuple(root.name for root in self.wiring.roots)
         return (*roots, *self.names)
 
     @cached_property
     def num_roots(self) -> int:
+        """How many nodes nothing predicts."""
         return len(self.nodes) - len(self.names)
 
     @cached_property
@@ -118,6 +127,7 @@ class Network:
 
     @cached_property
     def output_index(self) -> int:
+        """Index of the node `output`."""
         return self.node_index(self.output)
 
     def dense_layers(self, what: str) -> tuple[Dense, ...]:
@@ -141,6 +151,7 @@ class Network:
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
+        """The local rules of every layer, in the order of `layers`."""
         if self.wiring is None:
             return tuple(layer for layer in self.layers if isinstance(layer, Dense))
         return tuple(
@@ -224,6 +235,7 @@ class Network:
         return shapes
 
     def num_weights(self) -> int:
+        """How many numbers the layers have; shared ones count once."""
         return sum(
             torch.Size(shape).numel() for shapes in self.weight_shapes().values() for shape in shapes.values()
         )

@@ -37,6 +37,7 @@ def pc_graph(
         node that is no target is predicted by nothing.
     activation: f, of every source.
     energy: of every node, or of each by name; default Gaussian of precision 1.
+    bias: whether every predicted node has a b_t.
     input, output: the nodes that a `Trainer` puts inputs and targets at; by default the first and the last.
 
     Raises ValueError for unknown names, a pair given twice, and nodes without any connection.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pctt import describe, sketch
 from pctt.energies import Categorical
 from pctt.engine import Engine, Status
 from pctt.inference import Inference
@@ -25,12 +26,12 @@ class InferenceResult:
     keyed by node name.
 
     activities: of every node.    predictions, errors: of every layer, which has the name of the node it
-    predicts; errors = activities - predictions.
+        predicts; errors = activities - predictions.
     energy: [steps run + 1, layers], batch mean, row 0 before the first step.
     status: how it ended.
-    num_steps: steps run.
+    num_steps: steps run.    inference: the settings.    clamped: names of the nodes held at data.
     initial: the activities inference started from, which fixed predictions and their weight gradients refer
-    to.
+        to.
     given: what the caller gave, by node, clamped or as initial activity. The activity of an output that is
         nudged is not its target.
     seed: of the noise.
@@ -50,6 +51,12 @@ class InferenceResult:
     seed: int = 0
     held: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
+    def __repr__(self) -> str:
+        return describe.inference_result(self)
+
+    def _repr_svg_(self) -> str | None:
+        return sketch.energies(self)
+
 
 def infer(
     net: Network,
@@ -68,9 +75,10 @@ def infer(
     """Relaxes the free nodes with the clamped ones held at data (Whittington & Bogacz 2017, eq. 2.10 to
     2.13).
 
+    net, weights: the network, and {layer: {key: tensor}} of one dtype, in which it computes.
     clamp: {node: [B, units] or [B, *shape]}, any subset of the nodes, at least one.
     initial: where to start other nodes than at their predictions; an input that is free and not named starts
-    at zero.
+        at zero.
     inference: the knobs, default `Inference()`.
     backend: "reference", "emulated" or "tenstorrent"; the last two take fp32 weights and compute in a card's
         default precision.
@@ -154,6 +162,7 @@ def recall(
     """What a network makes of a part: nodes, and units of nodes, that are known are held, all others relax
     (Salvatori et al. 2021, 2022).
 
+    net, weights: as for `infer`.
     known: {node: [B, units] or [B, *shape]}.
     mask: {node: bool, same shape} of nodes known in part: True where a unit is known. The values that `known`
         has for the others are where these start: nothing is known of a noisy picture, say, and all of it is a
@@ -196,8 +205,12 @@ def weight_gradients(
     `weights`, without learned variances.
 
     For live predictions it is taken at the final activities, for fixed ones at those inference started from
-    (Millidge et al. 2022). `weights` are those that `result` was inferred with. Backend and device as for
-    `infer`, and it raises what that does.
+    (Millidge et al. 2022).
+
+    net, weights: those that `result` was inferred with.
+    backend, device, grouped: as for `infer`.
+
+    Raises what `infer` does.
     """
     if not result.inference.gradient_is_of_the_end:  # it is what the relaxation gathered on its way
         engine = Engine(

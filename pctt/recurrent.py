@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pctt._checks import require_count, require_one_of
 from pctt.activations import activation
+from pctt.describe import Concise
 from pctt.energies import Categorical
 from pctt.layers.block import Block, Step
 from pctt.layers.dense import Dense
@@ -62,8 +63,11 @@ def _gate(units: int, function: str) -> Part:
 
 
 @dataclass(frozen=True)
-class RNNCell:
-    """h = f(x Wx + b + h' Wh).    activation: f, tanh as in torch, or another that acts on each unit."""
+class RNNCell(Concise):
+    """h = f(x Wx + b + h' Wh), with h' the h of the step before.
+
+    units: of h.    activation: f, tanh as in torch, or another that acts on each unit.
+    """
 
     units: int
     activation: str = "tanh"
@@ -77,14 +81,16 @@ class RNNCell:
             raise ValueError("activation of a cell must act on each unit, and softmax does not; use tanh.")
 
     def parts(self) -> dict[str, Part]:
+        """{letter of a node: (its block, the letters it reads)} of one step; h' is h of the step before."""
         return {"h": _gate(self.units, self.activation)}
 
 
 @dataclass(frozen=True)
-class LSTMCell:
+class LSTMCell(Concise):
     """c = f c' + i g, h = o tanh(c), with gates i, f, o and g of x and h' (Hochreiter & Schmidhuber 1997;
     Gers et al. 2000).
 
+    units: of c and of h.
     nodes: "state" for one node per c and h, which hold the gates; "gates" for a node, and so an error, of
         each gate too (Millidge et al. 2022).
     """
@@ -99,6 +105,7 @@ class LSTMCell:
         require_one_of("nodes", self.nodes, NODES)
 
     def parts(self) -> dict[str, Part]:
+        """{letter of a node: (its block, the letters it reads)} of one step; h' is h of the step before."""
         units = self.units
         if self.nodes == "gates":
             cell, hidden = _Maps(4), _Maps(2)
@@ -122,10 +129,11 @@ class LSTMCell:
 
 
 @dataclass(frozen=True)
-class GRUCell:
+class GRUCell(Concise):
     """h = n + z (h' - n), with gates r and z of x and h', and n of x and r times what h' gives (Cho et al.
     2014, the order of product and gate that torch has).
 
+    units: of h.
     nodes: "state" for one node per h, which holds the gates; "gates" for a node, and so an error, of each
         gate and of n too.
     """
@@ -140,6 +148,7 @@ class GRUCell:
         require_one_of("nodes", self.nodes, NODES)
 
     def parts(self) -> dict[str, Part]:
+        """{letter of a node: (its block, the letters it reads)} of one step; h' is h of the step before."""
         units = self.units
         if self.nodes == "gates":
             new, hidden = _Maps(3), _Maps(3)
@@ -195,7 +204,7 @@ def unroll(
 
     >>> net = unroll(LSTMCell(8), 2, inputs=3, output=Dense(4))
     >>> net.nodes
-    ('x1', 'x2', 'h0', 'c0', 'c1', 'h1', 'c2', 'y1', 'h2', 'y2')
+    ('x1', 'x2', 'h0', 'c0', 'c1', 'h1', 'y1', 'c2', 'h2', 'y2')
     """
     cells = _cells(cell)
     require_count("length", length, least=1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pctt import plots, record
 from pctt.config import RunConfig
 from pctt.data import Dataset
+from pctt.describe import changed, where
 from pctt.engine import Status
 from pctt.run import FitResult, Trainer
 
@@ -62,7 +63,7 @@ class Reporter:
             f"{num_training} training, {len(dataset.train) - num_training} validation, "
             f"{len(dataset.test)} test samples; "
             f"{'predictive coding, ' + how if config.training.algorithm == 'pc' else 'backpropagation'}; "
-            f"{described(trainer)}",
+            f"{where(trainer)}",
             flush=True,
         )
         if sys.stderr.isatty():
@@ -149,23 +150,6 @@ class Asking:
 
 
 SAID = ("num_steps", "rate", "prediction")
-
-
-def changed(settings: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not at their defaults."""
-    return {
-        f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != f.default
-    }
-
-
-def described(trainer: Trainer) -> str:
-    """Backend, device and precision in words."""
-    place = trainer.place()
-    words = f"backend {place['backend']}, {place['device']}"
-    if place["precision"] is None:
-        return words
-    short = [name for name, form in place["precision"].items() if form == "bfloat16"]
-    return f"{words}, {place['precision']['fidelity']}, bfloat16 {', '.join(short) or 'nowhere'}"
 
 
 def _progress_bar(total: int, done: int, place: str, unit: str = "batch") -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pctt import backprop, checkpoint
+from pctt import backprop, checkpoint, describe
 from pctt._checks import require_count, require_one_of
 from pctt.backends import BackendUnavailable, DeviceLost
 from pctt.backends.placed import Placed
@@ -95,6 +95,9 @@ class FitResult:
     epochs: int
     steps: int
     validation_accuracy: float | None
+
+    def __repr__(self) -> str:
+        return describe.fit_result(self)
 
 
 class Trainer:
@@ -195,6 +198,9 @@ class Trainer:
         self.on_divergence = on_divergence
         self.setbacks = Setbacks()
         self._check_on_divergence()
+
+    def __repr__(self) -> str:
+        return describe.trainer(self)
 
     @property
     def weights(self) -> Weights:
@@ -591,6 +597,9 @@ def load(
 ) -> Trainer:
     """The trainer that `save` wrote, ready to go on; on any backend, since a checkpoint does not depend on
     the one that wrote it.
+
+    folder: what `Trainer.save` was given.
+    backend, device, precision, fused, cores_per_layer: as of `Trainer`.
 
     Raises CheckpointError for a missing or damaged file or one of another layout, and what `Trainer` raises.
     """

@@ -98,10 +98,12 @@ class Stream:
 
     @property
     def progress(self) -> Progress:
+        """Where it is; a pass is an epoch, a chunk a batch."""
         return self._trainer.progress
 
     @property
     def losses(self) -> list[tuple[int, float]]:
+        """[(learning step, loss)] of every chunk seen."""
         return self._trainer.losses
 
     def fit(

@@ -48,6 +48,7 @@ class TemporalFilter:
     inference: how a state is found, default 50 steps of rate 0.1.    learning: how weights move.
     weights: {"state": {"weight": [n, n]} (with controls "weight.previous" and "weight.control"),
         "observation": {"weight": [n, m]}} and biases, [in, out] each; else `init` with the seed.
+    backend, device: as of `pctt.Trainer`.
 
     Raises ValueError for layers that do not fit together.
 

@@ -34,7 +34,7 @@ Verdict = Literal["backprop-like", "in between", "equilibrium", "unstable"]
 class Equilibrium:
     """Where inference ends, in fp64: [B, units] by node name; errors of every node but the input.
 
-    energy: [L], batch mean per layer.    total: their sum, a scalar.
+    activities, errors: {node: [B, units]}.    energy: [L], batch mean per layer.    total: their sum.
     """
 
     activities: dict[str, Tensor]
@@ -67,8 +67,9 @@ class Spectrum:
 class Regime:
     """How far inference goes, in a word and in a sentence.
 
+    verdict: the word, explained at `regime`.    sentence: with figures, and with what would change it.
     slowest, fastest: relaxed fraction of the modes of the smallest and of the largest eigenvalue: 0 at the
-    start, 1 at equilibrium, above 1 after an overshoot, below 0 where a mode moves away.
+        start, 1 at equilibrium, above 1 after an overshoot, below 0 where a mode moves away.
     """
 
     verdict: Verdict
@@ -79,8 +80,10 @@ class Regime:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Cosine of the angle between two gradients of a layer, NaN where one is zero, and the norm of the first
-    over that of the second.
+    """How near two gradients of a layer are.
+
+    cosine: of the angle between them, NaN where one is zero.    norm_ratio: norm of the first over that of
+        the second.
     """
 
     cosine: float
@@ -90,6 +93,7 @@ class Alignment:
 def energy(net: Network, weights: Weights, activities: Mapping[str, Tensor]) -> Tensor:
     """The total energy of each sample, [B] in fp64 (docs/mathematics.md, "Energy").
 
+    net, weights: as for `pctt.infer`.
     activities: {node: [B, units]} of every node; of a categorical output a distribution. Autograd can
     differentiate the result by activities and weights. Raises ValueError where they do not fit, and for NaN.
     """
@@ -324,8 +328,10 @@ def _steps_to_settle(spectrum: Spectrum, rate: float) -> int:
 def alignment(gradients: Weights, reference: Weights) -> dict[str, Alignment]:
     """How near two gradients are, by layer; weight and bias of a layer count as one vector.
 
-    Both are trees as `pctt.weight_gradients` and `pctt.backprop.gradients` return them, of any dtype. Raises
-    ValueError where their names or shapes differ.
+    gradients, reference: trees as `pctt.weight_gradients` and `pctt.backprop.gradients` return them, of any
+        dtype.
+
+    Raises ValueError where their names or shapes differ.
     """
     shapes, expected = (
         {name: {key: tuple(value.shape) for key, value in layer.items()} for name, layer in tree.items()}

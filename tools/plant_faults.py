@@ -69,6 +69,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "any graph": ("tests/property/test_graphs.py",),
     "fused": ("tests/unit/test_fused.py",),
     "waits": ("tests/unit/test_fused_schedule.py",),
+    "shown": ("tests/unit/test_describe.py",),
 }
 """Family: the test files that must notice its faults."""
 
@@ -100,6 +101,7 @@ FUSED_CHAIN = "pctt/backends/fused_chain.py"
 FUSED_SCHEDULE = "pctt/backends/fused_schedule.py"
 BOXES = "pctt/placement/boxes.py"
 SCALING = "pctt/placement/scaling.py"
+DESCRIBE = "pctt/describe.py"
 
 FAULTS = (
     Fault(
@@ -690,6 +692,34 @@ FAULTS = (
         FUSED_CHAIN,
         "last = {value: len(self.values) for value, _ in self.stores.values()}",
         "last = dict[int, int]()",
+    ),
+    Fault(
+        "shown-defaults-and-nothing-else",
+        "shown",
+        DESCRIBE,
+        "getattr(value, field.name) != default",
+        "getattr(value, field.name) == default",
+    ),
+    Fault(
+        "shown-rows-in-the-middle-left-in",
+        "shown",
+        DESCRIBE,
+        "*range(count - last, count)]",
+        "*range(most - last, count)]",
+    ),
+    Fault(
+        "shown-shared-weights-counted-again",
+        "shown",
+        DESCRIBE,
+        "own = net.owner(index) == index",
+        "own = True",
+    ),
+    Fault(
+        "shown-part-agreed-upon",
+        "shown",
+        "pctt/parallel/group.py",
+        "json.dumps(to_dict(value))",
+        "str(value)",
     ),
     Fault(
         "fused-message-not-awaited",

@@ -158,6 +158,8 @@ def backend(
 
     device: reference: a torch device; emulated: a chip such as "n150"; tenstorrent: the number of a card.
     precision: formats on the card; the reference computes in `dtype`.
+    fused: on a card, run each step in one program (docs/kernels.md).    cores_per_layer: its cores for each
+        layer, None for as few as memory allows.
 
     Raises ValueError for an unknown name, BackendUnavailable where it cannot run.
     """

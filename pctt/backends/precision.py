@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pctt._checks import require_one_of
+from pctt.describe import Concise
 from pctt.learning.rules import STATE
 
 FORMATS = ("float32", "bfloat16")
@@ -33,7 +34,7 @@ _FIELD = {role: field for field, roles in _ROLES.items() for role in roles}
 
 
 @dataclass(frozen=True)
-class PrecisionPolicy:
+class PrecisionPolicy(Concise):
     """float32 or bfloat16 for each kind of tensor; docs/numerics.md has the measurements behind the defaults.
 
     states: deviations and what is added to them. They sum many small steps, which bfloat16 would round away.

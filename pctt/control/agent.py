@@ -16,6 +16,7 @@ from pctt.control.model import (
     trajectory_network,
     trajectory_weights,
 )
+from pctt.describe import Concise
 from pctt.energies import Gaussian
 from pctt.engine import Engine, Status
 from pctt.inference import Inference
@@ -29,7 +30,7 @@ MOST_DRIVE = 1.5
 
 
 @dataclass(frozen=True)
-class Planning:
+class Planning(Concise):
     """How a plan is made.
 
     horizon: steps that it looks ahead, H.
@@ -77,6 +78,7 @@ class Plan:
         model does not promise.
     trajectory: energies per layer at every inference step of the last relaxation, batch mean, where asked
         for; the layers are those of `PredictiveController.network`.
+    status: how the last relaxation ended.
     """
 
     states: Tensor
@@ -86,17 +88,26 @@ class Plan:
     status: Status
     trajectory: Tensor | None = None
 
+    def __repr__(self) -> str:
+        situations, horizon, units = self.actions.shape
+        return (
+            f"Plan: {self.status.name}, {situations} situations, {horizon} actions of {units} units ahead, "
+            f"energy {float(self.energy.mean()):.4g}, gap {self.gap:.3g}"
+        )
+
 
 class PredictiveController:
     """An agent that perceives, acts and learns by one energy. B situations run beside each other.
 
+    model: what it believes about the world.    planning: how it looks ahead.
     weights: {layer: {"weight": [in, out], "bias": [out]}} of `model_network(model)`, e.g. from
         `linear_weights`; None draws them, to be learnt.
     perception: inference of the belief. By default gradient descent at the best rate for the observation
         layer as it is at the start, to within 1e-6 of the way.
     learning, learning_inference: rule of `learn`, and how the hidden activities relax in it.
-    seed: of the weights and of the starts of plans.
+    seed: of the weights and of the starts of plans.    dtype: of weights that are drawn.
 
+    >>> from pctt import linear_weights
     >>> model = ControlModel(state=2, action=1, observation=2)
     >>> a, b = torch.tensor([[1.0, 0.1], [0.0, 1.0]]), torch.tensor([[0.0], [0.1]])
     >>> agent = PredictiveController(model, linear_weights(model, a, b), Planning(horizon=5))
@@ -338,9 +349,11 @@ class PredictiveController:
         return self._learner.read_node("anchor", "state")
 
     def weights(self) -> Weights:
+        """A copy of the model's weights."""
         return self._learner.weights()
 
     def load_weights(self, weights: Weights) -> None:
+        """Replaces the model's weights. Raises ValueError where they do not fit."""
         self._learner.load_weights(weights)
         self._stale = True
 

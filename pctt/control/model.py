@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pctt._checks import require_count, require_finite_positive
+from pctt.describe import Concise
 from pctt.energies import Gaussian
 from pctt.inference import Inference
 from pctt.layers.block import Block, Step
@@ -21,7 +22,7 @@ Precision = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
-class ControlModel:
+class ControlModel(Concise):
     """What an agent believes about the world, and what it wants.
 
     state, action, observation: units of each at one time. All are in the caller's units; a model that learns

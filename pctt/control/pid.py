@@ -30,6 +30,9 @@ class PIDAgent:
     The precision of the sensation itself is the integral gain, that of its velocity the proportional one,
     that of its acceleration the derivative one. One act is one inference step of rate dt on the engine.
     `energy` is what the last act left.
+
+    gains: (ki, kp, kd), each at least 0.    dt: seconds per step.    batch_size: plants beside each other.
+    dtype: of actions and observations.
     """
 
     def __init__(self, gains: Sequence[float], dt: float, batch_size: int, dtype: torch.dtype) -> None:
@@ -93,7 +96,8 @@ def pid_agent(
 
     u_t = kp e_t + ki dt (e_0 + ... + e_t) + kd (e_t - e_{t-1}) / dt with e = goal - observation, e_{-1} = 0.
 
-    dt: seconds per step.    batch_size: plants beside each other.
+    dt: seconds per step.    batch_size: plants beside each other.    dtype: of actions and observations.
+
     Raises ValueError for negative gains (change the sign of the action instead) and where all are 0.
 
     >>> agent = pid_agent(kp=2.0, ki=0.0, kd=0.0, dt=0.1)

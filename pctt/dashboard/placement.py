@@ -56,12 +56,19 @@ def floor_plan(run: Run) -> FloorPlan | None:
 
 def drawn(found: FloorPlan) -> Markup:
     """The grid of cores, and the L1 of those in use as a table."""
+    caption = element("figcaption", "Placement", element("small", found.title))
+    lines = element("ul", *(element("li", line) for line in found.lines), class_="soft")
+    return element("div", element("figure", caption, grid(found)), lines, _memory(found))
+
+
+def grid(found: FloorPlan) -> Markup:
+    """The cores, with what they hold, coloured by layer."""
     layers = sorted({use.layer for use in found.cores if use.layer is not None})
     colours = {layer: colour(i, len(layers)) for i, layer in enumerate(layers)}
     uses = {use.core: use for use in found.cores}
     cells = [_cell(place, uses.get(place), colours) for place in cores(found.grid)]
     columns, rows = found.grid
-    svg = element(
+    return element(
         "svg",
         element("title", found.title),
         *cells,
@@ -70,9 +77,6 @@ def drawn(found: FloorPlan) -> Markup:
         aria_label=f"{found.title}: {len(uses)} of {columns * rows} cores in use; the table says which",
         style=f"max-width:{columns * CELL}px",
     )
-    caption = element("figcaption", "Placement", element("small", found.title))
-    lines = element("ul", *(element("li", line) for line in found.lines), class_="soft")
-    return element("div", element("figure", caption, svg), lines, _memory(found))
 
 
 def num_colours(found: FloorPlan | None) -> int:

@@ -26,6 +26,9 @@ class Split:
     inputs: Tensor
     labels: Tensor
 
+    def __repr__(self) -> str:
+        return f"Split: {len(self.labels):,} samples of {self.inputs.shape[1]} numbers, {self.inputs.dtype}"
+
     def __post_init__(self) -> None:
         _check_inputs(self.inputs)
         _check_labels(self.labels)
@@ -42,9 +45,12 @@ class Split:
 class Dataset:
     """A training and a test split of one classification task.
 
-    num_classes: labels are 0 to num_classes - 1. image_shape: (height, width) or (channels, height, width),
-    whose product is D; inputs hold the channels one after the other, each row by row. class_names: one per
-    class, or none at all.
+    name: what `load` knows it by.    train, test: inputs [N, D] and labels [N].
+    num_classes: labels are 0 to num_classes - 1.
+    image_shape: (height, width) or (channels, height, width), whose product is D; inputs hold the channels
+        one after the other, each row by row.
+    class_names: one per class, or none at all.
+
     Raises ValueError where a split contradicts any of them.
     """
 
@@ -54,6 +60,12 @@ class Dataset:
     num_classes: int
     image_shape: tuple[int, int] | tuple[int, int, int]
     class_names: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"Dataset: {self.name}, {self.num_classes} classes, {' x '.join(map(str, self.shape))}; "
+            f"{len(self.train.labels):,} training and {len(self.test.labels):,} test samples"
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -91,8 +103,10 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """The data set called `name`, as float32 inputs in [0, 1].
 
     name: one of DATASET_NAMES, or "folder:PATH" for images in one folder per class, as `load_image_folder`
-    reads them. data_dir: folder of the files of mnist, fashion_mnist and cifar10, or its parent; else the
-    environment variable PCTT_DATA. digits comes with scikit-learn and needs none.
+        reads them.
+    data_dir: folder of the files of mnist, fashion_mnist and cifar10, or its parent; else the environment
+        variable PCTT_DATA. digits comes with scikit-learn and needs none.
+
     Raises ValueError for an unknown name or a damaged file, FileNotFoundError for a missing one,
     ModuleNotFoundError for digits without scikit-learn and for images without pillow.
     """

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pctt._checks import require_finite_positive, require_one_of
+from pctt.describe import Concise
 
 
 @dataclass(frozen=True)
-class Nudge:
+class Nudge(Concise):
     """How the targets act on the output node; u is its prediction at the start, y the target, F the energy.
 
     style: "clamp" holds the output at u + b (y - u) (Pinchetti et al. 2025); "loss" leaves it free and adds

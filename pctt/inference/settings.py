@@ -12,12 +12,13 @@ from pctt._checks import (
     require_finite_positive,
     require_one_of,
 )
+from pctt.describe import Concise
 from pctt.inference.dynamics import DYNAMICS
 from pctt.inference.nudge import Nudge
 
 
 @dataclass(frozen=True)
-class Inference:
+class Inference(Concise):
     """Settings of the relaxation of the free activities. docs/variants.md says what each is for.
 
     num_steps: number of inference steps T, at least 0.
@@ -120,6 +121,7 @@ class Inference:
 
     @property
     def is_random(self) -> bool:
+        """Whether inference draws noise, so that its end depends on a seed."""
         return self.dynamics == "langevin"
 
     @property

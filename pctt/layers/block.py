@@ -19,6 +19,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pctt.describe import MOST_ITEMS, Concise, listed
 from pctt.energies import Categorical, Energy, Gaussian
 from pctt.layers.dense import Dense
 from pctt.layers.maps import Add, Bias, Flatten, Function, Linear, Map, Scale, Shape, Use
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Concise):
     """A map in a block.
 
     of: its inputs, as numbers of values: 0 to k - 1 are the k sources, k the first map's result, and so on;
@@ -49,9 +50,15 @@ class Step:
         if "/" in self.name or "." in self.name:
             raise ValueError(f"the name of a step must have no '/' and no '.', got {self.name!r}.")
 
+    def as_part(self) -> str:
+        """As it would be typed in the list of a block."""
+        if self.of or self.name:
+            return repr(self)
+        return repr(self.map.name if isinstance(self.map, Function) else self.map)
+
 
 @dataclass(frozen=True)
-class Block:
+class Block(Concise):
     """A layer composed of maps.
 
     steps: maps, names of activations, `Step(...)`s, or nested lists of these.
@@ -77,8 +84,14 @@ class Block:
         if not isinstance(self.energy, (Gaussian, Categorical)):
             raise ValueError(f"energy must be Gaussian(...) or Categorical(), got {self.energy!r}.")
 
+    def as_typed(self, name: str) -> str:
+        if name != "steps":
+            return super().as_typed(name)
+        return f"[{listed([step.as_part() for step in self.steps[:MOST_ITEMS]], len(self.steps))}]"
+
     @property
     def learns_variance(self) -> bool:
+        """Whether the variance of the node's error is learned."""
         return isinstance(self.energy, Gaussian) and self.energy.learned is not None
 
 
@@ -244,6 +257,7 @@ class Expression:
 
     @property
     def learns_variance(self) -> bool:
+        """Whether the variance of the node's error is learned."""
         return isinstance(self.energy, Gaussian) and self.energy.learned is not None
 
     @property

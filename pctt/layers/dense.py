@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pctt._checks import require_count, require_finite_positive, require_one_of
 from pctt.activations import activation
+from pctt.describe import Concise
 from pctt.energies import Categorical, Energy, Gaussian
 from pctt.program import Slot
 
@@ -24,16 +25,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A fully connected layer that predicts `units` units.
+class Dense(Concise):
+    """A fully connected layer that predicts `units` units, [B, units] from [B, in] by a weight [in, units].
 
     activation: identity, tanh, relu, leaky_relu, sigmoid, gelu, silu, hard_tanh; softmax at the last layer.
     bias: whether b is there.    activate: "output" for mu = f(x W + b), "input" for mu = f(x) W + b.
     energy: `Gaussian(...)` or, at the last layer, `Categorical()`, whose prediction is a softmax: with
-    activate="output" name it (activation="softmax"), with activate="input" it is applied to f(x) W + b.
-    scale: s, a constant factor on the weights (`pctt.mupc` sets it).
+        activate="output" name it (activation="softmax"), with activate="input" it is applied to f(x) W + b.
+    scale: s, a constant factor on the weights, above 0 (`pctt.mupc` sets it).
     skip: add the activity below to the prediction; takes activate="input" and equal widths (He et al. 2016).
     name: of the layer and of the node it predicts; given by the network when None.
+
+    Raises ValueError for values out of range; what contradicts the place in a network, `chain` refuses.
     """
 
     units: int
@@ -78,10 +81,12 @@ class Dense:
 
     @property
     def input_function(self) -> str:
+        """Name of f_in, applied to the activity below."""
         return self.activation if self.activate == "input" else "identity"
 
     @property
     def output_function(self) -> str:
+        """Name of f_out, applied to the drive x W + b."""
         if isinstance(self.energy, Categorical):
             return "softmax"
         return self.activation if self.activate == "output" else "identity"
@@ -93,6 +98,7 @@ class Dense:
 
     @property
     def learns_variance(self) -> bool:
+        """Whether the variance of the node's error is learned."""
         return isinstance(self.energy, Gaussian) and self.energy.learned is not None
 
     def weight_shapes(self, fan_in: int) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pctt._checks import require_betas, require_between, require_finite_positive
+from pctt.describe import Concise
 from pctt.learning.schedules import Constant, Schedule, WarmupCosine
 from pctt.program import LEARNING_RATE, Instruction, Slot
 
@@ -55,8 +56,15 @@ def _write(at: AbstractState, op: str, state: tuple[str, ...], rule: Learning, *
 
 
 @dataclass(frozen=True)
-class SGD:
-    """u <- momentum u + (g + weight_decay w),  w <- w - rate u   (as torch.optim.SGD, dampening 0)."""
+class SGD(Concise):
+    """u <- momentum u + (g + weight_decay w),  w <- w - rate u   (as torch.optim.SGD, dampening 0).
+
+    rate: the learning rate eta, above 0.    momentum: in [0, 1).    weight_decay: at least 0.
+    clip_norm: the most that the norm of a layer's own gradient may be, weight and bias together; None: any.
+    schedule: how the rate goes with the learning steps.
+
+    Raises ValueError for values out of range.
+    """
 
     rate: float = 0.1
     momentum: float = 0.0
@@ -69,6 +77,7 @@ class SGD:
         require_between("momentum", self.momentum, 0.0, 1.0)
 
     def write(self, at: AbstractState) -> None:
+        """Appends the rule's instructions to the program."""
         state = ("momentum",) if self.momentum else ()
         _write(at, "sgd", state, self, momentum=self.momentum, weight_decay=self.weight_decay)
 
@@ -78,13 +87,16 @@ class SGD:
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Concise):
     """Kingma & Ba 2015, algorithm 1, weight decay added to the gradient (as torch.optim.Adam).
 
     m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  w <- w - rate m^ / (sqrt(v^) + epsilon),
     where ^ divides by 1 - beta^t.
-    betas: in [0, 1).
-    epsilon: outside the root.
+
+    rate: above 0.    betas: in [0, 1).    epsilon: above 0, outside the root.
+    weight_decay, clip_norm, schedule: as of `SGD`.
+
+    Raises ValueError for values out of range.
     """
 
     rate: float = 1e-3
@@ -98,13 +110,18 @@ class Adam:
         _check_adam(self)
 
     def write(self, at: AbstractState) -> None:
+        """Appends the rule's instructions to the program."""
         _write_adam(at, "adam", self)
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(Concise):
     """Adam with decoupled weight decay, w <- w - rate weight_decay w first (Loshchilov & Hutter 2019;
     torch.optim.AdamW).
+
+    rate, betas, epsilon: as of `Adam`.    weight_decay, clip_norm, schedule: as of `SGD`.
+
+    Raises ValueError for values out of range.
     """
 
     rate: float = 1e-3
@@ -118,6 +135,7 @@ class AdamW:
         _check_adam(self)
 
     def write(self, at: AbstractState) -> None:
+        """Appends the rule's instructions to the program."""
         _write_adam(at, "adamw", self)
 
 

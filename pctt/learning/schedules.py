@@ -6,19 +6,21 @@ import math
 from dataclasses import dataclass
 
 from pctt._checks import require_between
+from pctt.describe import Concise
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(Concise):
     """The rate as given."""
 
     def factor(self, step: int, total_steps: int) -> float:
+        """1, at every step."""
         del step, total_steps
         return 1.0
 
 
 @dataclass(frozen=True)
-class WarmupCosine:
+class WarmupCosine(Concise):
     """Linear from 0 to the rate over `warmup` of all steps, then half a cosine down to `final` of it
     (Loshchilov & Hutter 2017).
 

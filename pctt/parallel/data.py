@@ -38,6 +38,7 @@ class DataParallel:
 
     trainer: the same on every rank: settings, weights, progress. Its engine does the work; its checkpoints
         are those of one process, so a run can go on with any number of ranks.
+    group: all ranks, from `connect`.
 
     Each rank judges the relaxation of its own share, and divergence on one rank ends the run on all.
 

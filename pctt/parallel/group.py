@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from pctt.config import to_dict
 
 TIMEOUT = 60.0
 """Seconds that a rank waits for another before it gives the run up."""
@@ -40,6 +43,7 @@ class Group:
     """All ranks of a run. Every method raises PeerLost where another rank is gone.
 
     rank, size: this rank, counted from 0, and their number.    device: of the tensors that are sent.
+    timeout: seconds after which a rank that does not answer counts as lost.
     traffic: what was sent since the start, to be read or replaced.
     """
 
@@ -99,13 +103,9 @@ class Group:
 
     def agree(self, what: str, *values: object) -> None:
         """Raises ValueError on every rank unless `values` are the same on all: tensors to the bit, other
-        things by their text.
+        things as a checkpoint describes them.
         """
-        digest = hashlib.sha256()
-        for value in values:
-            whole = value.detach().cpu().contiguous() if isinstance(value, Tensor) else None
-            digest.update(str(value).encode() if whole is None else whole.numpy().tobytes())
-        number = int.from_bytes(digest.digest()[:7], "big")
+        number = _digest(values)
         extremes = torch.tensor([number, -number], device=self.device)
         self._guarded("all_reduce", lambda: dist.all_reduce(extremes, dist.ReduceOp.MAX))
         if int(extremes[0]) != -int(extremes[1]):
@@ -135,6 +135,17 @@ class Group:
             raise PeerLost(f"{who} {why}, so rank {self.rank} of {self.size} ends too.") from error
 
 
+def _digest(values: Sequence[object]) -> int:
+    """A number of 56 bits. Not by what is printed: of large networks that is a part."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(json.dumps(to_dict(value)).encode())
+    return int.from_bytes(digest.digest()[:7], "big")
+
+
 def connect(
     device: str = "cpu",
     timeout: float = TIMEOUT,
@@ -146,7 +157,7 @@ def connect(
 
     device: "cpu" talks through gloo, "cuda" through nccl, each rank on the GPU of its LOCAL_RANK.
     timeout: seconds after which a rank that does not answer counts as lost.
-    rank, size, rendezvous: without torchrun, "file:///path" that no other run uses.
+    rank, size, rendezvous: without torchrun, `file:///path` that no other run uses.
 
     Raises ValueError where neither torchrun nor arguments say which rank this is, PeerLost where the others
     do not come.

@@ -24,6 +24,8 @@ def run(main: Callable[[Group], FitResult | None], device: str = "cpu", timeout:
 
     What all ranks know, a run that diverged, is said by rank 0; a lost rank by each of those that miss it,
     who cannot tell each other.
+
+    main: of one rank.    device, timeout: as of `connect`.
     """
     try:
         group = connect(device, timeout)
@@ -45,6 +47,8 @@ def run(main: Callable[[Group], FitResult | None], device: str = "cpu", timeout:
 class Ranks:
     """Processes on this machine, one thread each, that take one job after the other; for tests and
     measurements. Under a `with`; leaving it ends them.
+
+    size: how many.
 
     >>> with Ranks(2) as ranks:  # doctest: +SKIP
     ...     answers = ranks.run(job, 3.0)  # [job(group, 3.0) of rank 0, of rank 1]

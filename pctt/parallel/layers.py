@@ -47,6 +47,7 @@ Call = Callable[[], object]
 class LayerParallel:
     """A chain of dense layers, split over the ranks of `group`, on the reference backend.
 
+    net, inference, learning: as of `Trainer`, the same on every rank.
     weights: initial ones, the same on every rank, of which it keeps those of its layers; else
         `init(net, seed)`.
     ranks: the rank of each layer, from the input on, consecutive; by default such that the largest share of

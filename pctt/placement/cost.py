@@ -55,7 +55,9 @@ FPU_ELEMENTS_PER_CYCLE = 128
 
 @dataclass(frozen=True)
 class Cost:
-    """programs: of TT-NN.
+    """What a part of a program takes.
+
+    programs: of TT-NN.
     flops: of the matrix products, a multiply-add counted as two, padding to whole tiles included.
     sfpu_operations: instructions of the vector unit times the elements they work on.
     noc_bytes: what arrives at cores from other cores; the same bytes sent to many count at each.
@@ -96,6 +98,7 @@ class Cost:
         return max(self.bound_by, key=lambda item: item[1])[0] if self.floor else "-"
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values, times in seconds."""
         return {
             "programs": self.programs,
             "flops": self.flops,
@@ -114,7 +117,8 @@ def costs(
 ) -> dict[str, Cost]:
     """Cost of each section of a lowered program, and of the whole training step.
 
-    found: its budget.    rows: of a batch, padding included.
+    found: its budget.    chip, num_cores: what it runs on.    rows: of a batch, padding included.
+    fidelity: of the matrix unit.
     """
     model = CostModel(program, found, chip, num_cores, rows, fidelity)
     sections = {
@@ -129,7 +133,10 @@ def costs(
 
 
 class CostModel:
-    """Costs of the card operations of one program on one chip."""
+    """Costs of the card operations of one program on one chip.
+
+    found, num_cores, rows, fidelity: as for `costs`.
+    """
 
     def __init__(
         self, program: Program, found: Budget, chip: Chip, num_cores: int, rows: int, fidelity: Fidelity
@@ -143,6 +150,7 @@ class CostModel:
         self._known: dict[Instruction, Cost] = {}
 
     def total(self, code: Iterable[Instruction]) -> Cost:
+        """The cost of all of them, one after the other."""
         total = Cost()
         for instruction in code:
             if instruction not in self._known:

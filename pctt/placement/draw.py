@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from pctt import sketch
 from pctt._checks import require_count, require_one_of
 from pctt.placement.chips import cores
 from pctt.plots import COLOUR_MAP, COLOURS, GREY, MAP_END
@@ -61,6 +62,7 @@ class CoreUse:
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of L1 that it holds, of all kinds."""
         return sum(self.bytes_by_kind.values())
 
 
@@ -77,6 +79,15 @@ class FloorPlan:
     l1_bytes: int
     cores: tuple[CoreUse, ...]
     lines: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"FloorPlan: {self.title}; {len(self.cores)} in use. print(plan) shows them."
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _repr_svg_(self) -> str:
+        return sketch.floor_plan(self)
 
     def __post_init__(self) -> None:
         require_count("l1_bytes", self.l1_bytes, least=1)

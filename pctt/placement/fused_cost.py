@@ -63,7 +63,9 @@ MOST_TILES = 4  # in the registers of one side, in float32
 
 
 class Rates:
-    """Cycles of instructions on one chip."""
+    """Cycles of instructions on one chip.    fidelity: of its matrix unit.    overheads: what no arithmetic
+    accounts for.
+    """
 
     def __init__(self, chip: Chip, fidelity: Fidelity, overheads: Overheads) -> None:
         self.chip = chip
@@ -145,6 +147,7 @@ class Rates:
 
     @staticmethod
     def vector_instructions(kind: str) -> int:
+        """Instructions of the SFPU per element of an operation called `kind`."""
         found = LINK_INSTRUCTIONS.get(kind)
         return SFPU_INSTRUCTIONS[kind.lower()] if found is None else found
 
@@ -190,6 +193,7 @@ class FusedCost:
 
     @property
     def bound(self) -> str:
+        """What takes most of a step's cycles, or `waiting`."""
         return max(self.shares, key=lambda unit: self.shares[unit])
 
 
@@ -197,7 +201,9 @@ class FusedCost:
 class FusedPlacement:
     """A network on the cores of a chip as the fused kernel runs it.
 
+    cores, tasks: of which layer, and what they do.    rates: cycles of what they do.
     sections: what each core reads, by section.    names: of the sections.
+    l1_bytes: taken on each core.
     walk: the section of each inference step.
     """
 
@@ -212,10 +218,12 @@ class FusedPlacement:
 
     @property
     def noc(self) -> Noc:
+        """The network between the cores."""
         return Noc(self.chip, self.chip.grid[0])
 
     @property
     def overheads(self) -> Overheads:
+        """The cycles that no arithmetic accounts for."""
         return self.rates.overheads
 
     @property
@@ -227,6 +235,7 @@ class FusedPlacement:
         return [*before, *self.walk, *after]
 
     def run(self, sequence: Sequence[int]) -> Walk:
+        """The walk of all cores through these sections, with the time of everything they do."""
         return Walk(self.sections, self.noc, self.overheads).run(sequence)
 
     def tile_shape(self, node: int) -> tuple[int, int]:
@@ -244,6 +253,7 @@ class FusedPlacement:
         return totals
 
     def noc_bytes(self, sequence: Iterable[int]) -> int:
+        """Bytes that go from one core to another in these sections."""
         return sum(
             action.rows * action.bytes
             for section in sequence
@@ -318,6 +328,8 @@ def fused_placement(
 ) -> FusedPlacement:
     """How the fused kernel would train `net`, with its input and its output clamped.
 
+    chip, batch_size, inference, learning, policy: as for `pctt.placement.plan.plan`.
+    overheads: what no arithmetic accounts for, else as measured.
     cores_per_layer: that each layer is shared among where it has as many tiles of units; None takes as few as
         L1 allows.
 
@@ -374,6 +386,8 @@ def backprop_sweeps(plan: FusedPlacement) -> tuple[float, float]:
     A layer is a product, the elementwise work that must follow it (bias and tanh; the sum of what several
     cores send, times the derivative), and its way to the next layer. Nothing else, so this is the least that
     a kernel like this one would take for backprop.
+
+    plan: from `fused_placement`.
     """
     forward = backward = 0.0
     start, step = (plan.tasks.sections[s] for s in (plan.names["initialise"], plan.walk[-1]))

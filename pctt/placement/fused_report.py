@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pctt import sketch
 from pctt.backends.fused_plan import CIRCULAR_BUFFER_BYTES
 from pctt.network import Network
 from pctt.placement.budget import Entry
@@ -15,7 +16,10 @@ from pctt.placement.fused_cost import FusedCost, FusedPlacement
 
 @dataclass(frozen=True)
 class FusedReport:
-    """A network as the fused kernel would train it on a chip, and the predicted cost."""
+    """A network as the fused kernel would train it on a chip, and the predicted cost.
+
+    net, batch_size, num_steps: what is trained, and its inference steps.    placement: on which cores.
+    """
 
     net: Network
     placement: FusedPlacement
@@ -63,6 +67,20 @@ class FusedReport:
             what = f"{name} {self.net.widths[index - 1]}->{layer.units} {layer.activation}"
             lines.append(f"{what}: {where}, busy {busy:.0%} of an inference step")
         return lines
+
+    def __repr__(self) -> str:
+        cost = self.cost
+        return (
+            f"FusedReport: {self.floor_plan().title}\n"
+            f"  training step of {self.num_steps} inference steps: {1e6 * cost.training:,.0f} us, predicted\n"
+            "  print(report) shows all"
+        )
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+    def _repr_svg_(self) -> str:
+        return sketch.floor_plan(self.floor_plan())
 
     def as_text(self) -> str:
         """The floor plan and the predicted times, in ASCII, at most 110 columns wide."""

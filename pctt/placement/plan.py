@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
+from pctt import sketch
 from pctt._checks import require_count
 from pctt.assemble import assemble
 from pctt.backends.graph_lowering import lower_graph
@@ -43,7 +44,10 @@ COLUMNS: tuple[tuple[str, Callable[[Cost], str]], ...] = (
 class Plan:
     """A network on the cores of a chip, before anything runs.
 
-    rows: of a batch, padding included.    inference: whose steps `costs` counts.
+    net, chip: which network, on which chip.    grid: (columns, rows) of cores.
+    batch_size: of the largest batches.    rows: of a batch, padding included.
+    inference: whose steps `costs` counts.
+    layout, budget: where tensors lie, and the bytes of L1 they take.
     program: in card operations.    costs: by section.
     reasons: why a layer, by its index, is spread over all cores.
     """
@@ -77,6 +81,23 @@ class Plan:
         title = f"{widths} on {self.chip.name}, {across} x {down} cores, batches of {self.batch_size}"
         uses.sort(key=lambda use: places.index(use.core))
         return FloorPlan(title, self.grid, self.chip.l1_bytes, tuple(uses), tuple(self._lines()))
+
+    def __repr__(self) -> str:
+        step = self.costs["training step"]
+        used = sum(self._bytes_by_kind().values())
+        return (
+            f"Plan: {self.floor_plan().title}\n"
+            f"  {used:,} of {self.chip.l1_bytes:,} B of L1 on each core\n"
+            f"  training step of {self.inference.num_steps} inference steps: {1e6 * step.traced:,.0f} us, "
+            "predicted, as a trace\n"
+            "  print(plan) shows all"
+        )
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+    def _repr_svg_(self) -> str:
+        return sketch.floor_plan(self.floor_plan())
 
     def as_text(self) -> str:
         """The floor plan, the budget of each core and the costs, in ASCII, at most 110 columns wide."""
@@ -163,7 +184,7 @@ def plan(
         >>> import pctt
         >>> net = pctt.chain(input=64, layers=[pctt.Dense(32, "tanh"), pctt.Dense(10)])
         >>> plan(net, "n150").costs["inference step"].programs
-        7
+        6
     """
     require_count("batch_size", batch_size, least=1)
     net.dense_layers("a plan")
@@ -203,7 +224,8 @@ def arrange(
 ) -> tuple[Layout, Program]:
     """The layout of `net` that keeps most layers on cores of their own, and its program in card operations.
 
-    write: the program for a layout.    grid: (columns, rows) of cores.    rows: of a batch, padding included.
+    grouped: stack equal layers.    write: the program for a layout.    policy: formats of the tensors.
+    chip: where.    grid: (columns, rows) of cores.    rows: of a batch, padding included.
 
     Of a graph every tensor is spread over all cores.
 

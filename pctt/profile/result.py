@@ -19,6 +19,7 @@ OUTSIDE = "outside sections"
 class Section:
     """A section of the program within one training step.
 
+    name: as `pctt.program.Program` has it.
     runs: how often it ran.    instructions: of one run.    seconds: of all runs.
     """
 
@@ -32,6 +33,7 @@ class Section:
 class Part:
     """An instruction of a section, with all its runs in one training step.
 
+    operation, text: its name, and the whole instruction.
     layers: that it serves, each with an equal part of it.    seconds: of all runs, and so are the others.
     flops: of products.    eager, traced, floor: what the planner predicts for a card, in seconds.
     In a prediction of the fused kernel: all of one kind that the cores of a layer do in a section, the
@@ -52,7 +54,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Span:
-    """Something on a track of the trace. start, stop: nanoseconds."""
+    """Something on a track of the trace.
+
+    name: what is shown on it.    start, stop: nanoseconds.    about: shown when it is selected.
+    """
 
     track: str
     name: str
@@ -78,6 +83,8 @@ class Profile:
     """Where the time of one training step goes.
 
     title: network and machine.    is_measured: else predicted, but for `whole`.
+    batch_size, num_steps: samples and inference steps of a training step.
+    sections, parts: what it consists of, coarse and fine.
     whole: median seconds of a training step in which nothing is measured.
     whole_range: the least and the most of them.
     by_section, by_instruction: how many times as long one takes in which every section, every instruction is
@@ -109,6 +116,13 @@ class Profile:
     predicted: float | None = None
     product_rate: float | None = None
 
+    def __repr__(self) -> str:
+        whole = f"{1e3 * self.whole:,.3g} ms" if self.is_measured else "predicted"
+        return f"Profile: {self.title}; a training step: {whole}. print(profile) shows all."
+
+    def __str__(self) -> str:
+        return self.as_text()
+
     # --- sums -----------------------------------------------------------------------------------------------
 
     @property
@@ -123,6 +137,7 @@ class Profile:
 
     @property
     def product_seconds(self) -> float:
+        """Seconds of one training step that the products would take at `product_rate`."""
         return sum(part.seconds for part in self.parts if part.flops)
 
     def section_shares(self) -> dict[str, float]:

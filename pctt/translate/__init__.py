@@ -211,8 +211,9 @@ def to_torch(net: Network, weights: Weights, into: nn.Module | None = None) -> n
     """A module that computes what a network predicts in a feedforward sweep, or the module it came from with
     the network's weights.
 
+    net, weights: as for `pctt.infer`.
     into: a module that `from_torch` makes this network of, in the same mode (train or eval); its parameters
-    are overwritten and it is returned.
+        are overwritten and it is returned.
 
     Without `into`, a `TorchNetwork`: its `forward` takes the inputs, its `logits` leaves the softmax of a
     categorical output out, its `weights()` are the network's after training in torch.

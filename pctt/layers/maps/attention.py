@@ -16,7 +16,9 @@ class Attend(Map):
     """Scaled dot-product attention of queries, keys and values, [positions, units] each, over heads that
     share the units evenly (Vaswani et al. 2017, eq. 1).
 
-    causal: a position sees itself and those before it.    dropout has no place here.
+    heads: at least 1, a divisor of the units.    causal: a position sees itself and those before it.
+
+    Raises ValueError for other shapes. Dropout has no place here.
     """
 
     heads: int = 1

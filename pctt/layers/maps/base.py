@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pctt._checks import require_count
+from pctt.describe import Concise
 from pctt.program import Instruction, Slot
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Map:
+class Map(Concise):
     """What all maps have. Subclasses are data: what they compute depends on nothing but their fields."""
 
     kind: ClassVar[str] = ""
@@ -86,6 +87,7 @@ class Map:
         return shapes[0]
 
     def weight_shapes(self, shapes: Sequence[Shape]) -> dict[str, Shape]:
+        """{key: shape} of the map's weights, for inputs of these shapes, which have no batch axis."""
         del shapes
         return {}
 

@@ -24,7 +24,14 @@ from pctt.program import Slot
 
 @dataclass(frozen=True)
 class Conv2d(Map):
-    """Convolution over [channels, height, width]; the weight is [out, in / groups, height, width]."""
+    """Convolution over [channels, height, width]; the weight is [out, in / groups, height, width].
+
+    channels: of the output.    kernel, stride, padding, dilation: in pixels, one number or (height, width).
+    groups: parts that the channels of input and output divide into, each reading its own.
+    bias: whether there is one, a number per channel.
+
+    Raises ValueError for sizes out of range, and where an image is smaller than the kernel.
+    """
 
     channels: int
     kernel: int | tuple[int, int]
@@ -122,7 +129,13 @@ class Conv2d(Map):
 
 @dataclass(frozen=True)
 class ConvTranspose2d(Map):
-    """The transpose of a convolution; the weight is [in, out / groups, height, width], as in torch."""
+    """The transpose of a convolution; the weight is [in, out / groups, height, width], as in torch.
+
+    channels, kernel, stride, padding, groups, bias: as of `Conv2d`.
+    output_padding: pixels added to one side of the result, below the stride.
+
+    Raises ValueError for sizes out of range.
+    """
 
     channels: int
     kernel: int | tuple[int, int]

@@ -18,6 +18,7 @@ from pctt.program import Slot
 class Linear(Map):
     """y = x W + b over the last axis of x; W is [in, out].
 
+    units: of y, along the last axis.    bias: whether b, [out], is there.
     mask: None; "off_diagonal" for a W without its diagonal; or a density in (0, 1), of the entries drawn by
         `seed` that W has. Entries that it has not are zero for good.
     """
@@ -104,7 +105,7 @@ class Linear(Map):
 
 @dataclass(frozen=True)
 class Embedding(Map):
-    """Rows of a table: x holds whole numbers 0 to num - 1, [positions]; y is [positions, units].
+    """Rows of a table [num, units]: x holds whole numbers 0 to num - 1, [positions]; y is [positions, units].
 
     Whole numbers have no slope, so the node below must be clamped.
     """

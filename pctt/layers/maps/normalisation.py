@@ -51,7 +51,9 @@ class _Normalising(Map):
 
 @dataclass(frozen=True)
 class Normalise(_Normalising):
-    """y = (x - mean) / sqrt(variance + epsilon), over the last `axes` axes of each sample; no weights."""
+    """y = (x - mean) / sqrt(variance + epsilon), over the last `axes` axes of each sample; no weights (layer
+    normalisation, Ba, Kiros & Hinton 2016, without its affine part, which is `Affine`).
+    """
 
     axes: int = 1
     epsilon: float = 1e-5
@@ -78,6 +80,8 @@ class Normalise(_Normalising):
 class NormaliseBatch(_Normalising):
     """The same over batch and image, per channel. It ties the samples of a batch to each other: alone among
     the maps it makes what a sample relaxes to depend on the others.
+
+    epsilon: added to the variance, above 0.
     """
 
     epsilon: float = 1e-5
@@ -92,7 +96,10 @@ class NormaliseBatch(_Normalising):
 
 @dataclass(frozen=True)
 class Affine(Map):
-    """y = x . weight + bias, a pair of numbers per entry of one axis (axis 0: per channel)."""
+    """y = x . weight + bias, a pair of numbers per entry of one axis.
+
+    axis: of a sample; 0 is per channel of an image, -1 per unit.    bias: whether there is one.
+    """
 
     axis: int = -1
     bias: bool = True

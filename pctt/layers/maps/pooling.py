@@ -12,7 +12,11 @@ from pctt.program import Slot
 
 @dataclass(frozen=True)
 class MaxPool2d(Map):
-    """The largest of each window; errors go back to where it stood."""
+    """The largest of each window; errors go back to where it stood.
+
+    kernel: of the window, in pixels, one number or (height, width).    stride: None for that of the kernel.
+    padding: at most half the kernel; what is padded is never the largest.
+    """
 
     kernel: int | tuple[int, int]
     stride: int | tuple[int, int] | None = None
@@ -49,6 +53,8 @@ class MaxPool2d(Map):
 class AvgPool2d(Map):
     """The mean of each window, padding counted as zeros; errors spread evenly over it. A kernel of 0 is the
     whole image.
+
+    kernel, stride, padding: as of `MaxPool2d`.
     """
 
     kernel: int | tuple[int, int]

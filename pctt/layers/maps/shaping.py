@@ -98,7 +98,7 @@ class Shift(Passing):
 
 @dataclass(frozen=True)
 class Reshape(Passing):
-    """The same numbers as another shape."""
+    """The same numbers as another shape.    shape: of y, without the batch axis."""
 
     shape: tuple[int, ...]
     kind: ClassVar[str] = "reshape"
@@ -273,7 +273,7 @@ class Add(Map):
 
 @dataclass(frozen=True)
 class Multiply(Map):
-    """y = a . b, entry by entry: a gate."""
+    """y = a . b of two inputs of one shape, entry by entry: a gate."""
 
     kind: ClassVar[str] = "multiply"
     is_linear: ClassVar[bool] = False
@@ -303,7 +303,7 @@ class Multiply(Map):
 
 @dataclass(frozen=True)
 class Concat(Map):
-    """The inputs one after the other along one axis."""
+    """The inputs one after the other along one axis of a sample; a negative one counts from the end."""
 
     axis: int = 0
     kind: ClassVar[str] = "concat"
