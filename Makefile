@@ -56,8 +56,8 @@ fix: $(STAMP)  ## repair what the linter and the formatter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## milliseconds per training batch, beside backprop and the machine's floor
-	$(BIN)/python tools/bench.py $(ARGS)
+bench: $(STAMP)  ## milliseconds per training batch, beside backprop, other libraries and the floor
+	$(BIN)/pctt bench $(ARGS)
 
 faults: $(STAMP)  ## plant known faults in a copy and see that the tests notice
 	$(BIN)/python tools/plant_faults.py $(ARGS)

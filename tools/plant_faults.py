@@ -68,6 +68,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "any graph": ("tests/property/test_graphs.py",),
     "fused": ("tests/unit/test_fused.py",),
     "waits": ("tests/unit/test_fused_schedule.py",),
+    "bench": ("tests/unit/test_bench.py",),
 }
 """Family: the test files that must notice its faults."""
 
@@ -97,6 +98,8 @@ REFERENCE_MAPS = "pctt/backends/reference_maps.py"
 FUSED_TASKS = "pctt/backends/fused_tasks.py"
 FUSED_CHAIN = "pctt/backends/fused_chain.py"
 FUSED_SCHEDULE = "pctt/backends/fused_schedule.py"
+SAMENESS = "pctt/bench/sameness.py"
+MEASURING = "pctt/bench/measuring.py"
 
 FAULTS = (
     Fault(
@@ -708,6 +711,29 @@ FAULTS = (
         FUSED_SCHEDULE,
         "entry.done = max(entry.done, writer)",
         "pass",
+    ),
+    Fault("bench-anything-is-the-same", "bench", SAMENESS, "FACTOR = 8.0", "FACTOR = 8e4"),
+    Fault(
+        "bench-floor",
+        "bench",
+        MEASURING,
+        "rate = 2 * work.gemm_size(device) ** 3",
+        "rate = work.gemm_size(device) ** 3",
+    ),
+    Fault(
+        "bench-ratio-of-medians",
+        "bench",
+        MEASURING,
+        "return median(a / b for a, b in zip(times, others, strict=True))",
+        "return median(times) / median(others)",
+    ),
+    Fault("bench-same-order", "bench", MEASURING, "entrants[turn:] + entrants[:turn]", "list(entrants)"),
+    Fault(
+        "bench-not-awaited",
+        "bench",
+        "pctt/bench/workers/with_torch.py",
+        "        torch.cuda.synchronize(device)\n",
+        "",
     ),
 )
 
