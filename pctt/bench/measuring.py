@@ -34,6 +34,7 @@ class Entrant:
     same: Sameness | None
     verdict: str
     rounds: list[float] = field(default_factory=list[float])
+    cpu_rounds: list[float] = field(default_factory=list[float])
     peak_bytes: int | None = None
 
 
@@ -123,8 +124,10 @@ def _verdict(contender: Contender, answer: Answer, same: Sameness | None) -> str
 
 
 def _round(entrant: Entrant, seconds: float) -> None:
-    samples, entrant.peak_bytes = entrant.worker.run(KEY, seconds)
-    entrant.rounds.append(median(samples))
+    found = entrant.worker.run(KEY, seconds)
+    entrant.rounds.append(median(found.milliseconds))
+    entrant.cpu_rounds.append(found.cpu)
+    entrant.peak_bytes = found.peak_bytes
 
 
 def _take_note(contender: Contender, sentence: str, failures: list[Failure]) -> None:
@@ -147,7 +150,9 @@ def _result(case: Case, settings: Settings, device: str, entrants: list[Entrant]
                 algorithm=entrant.contender.algorithm,
                 runtime=entrant.worker.runtime,
                 rounds=tuple(entrant.rounds),
+                cpu_rounds=tuple(entrant.cpu_rounds),
                 over_pctt=beside(entrant.rounds, pctt.rounds),
+                cpu_over_pctt=beside(entrant.cpu_rounds, pctt.cpu_rounds),
                 mflop=mflop,
                 floor=1e9 * mflop / rate,
                 first_batch=entrant.answer.first_batch,
@@ -163,6 +168,7 @@ def _result(case: Case, settings: Settings, device: str, entrants: list[Entrant]
         algorithm=case.algorithm,
         device=device,
         gemm_rounds=tuple(gemm.rounds),
+        gemm_cpu_rounds=tuple(gemm.cpu_rounds),
         gemm_gflops=1e-9 * rate,
         bytes_over_needed=pctt.answer.about["bytes"] / work.bytes_needed(case),
         lines=tuple(lines),
@@ -191,7 +197,7 @@ def bench_variants(
                 steps[name] = worker.prepare(name, given).about["num_steps"]
             for _ in range(settings.rounds):
                 for name in VARIANTS:
-                    times[name].append(median(worker.run(name, settings.seconds / 2)[0]))
+                    times[name].append(median(worker.run(name, settings.seconds / 2).milliseconds))
                 tick()
     except PeerFailed as error:
         raise RuntimeError(str(error)) from None

@@ -30,8 +30,10 @@ PYTHON_PATH = "PYTHONPATH"
 
 @dataclass(frozen=True)
 class Peer:
-    """Another library. version: that its adapter was written for and tested with.    algorithms: that it
-    takes. ways: in which its documentation lets them be run, the first one under the peer's own name.
+    """Another library.
+
+    version: that its adapter was written for.    algorithms: that it takes.
+    ways: in which its documentation lets them be run, the first one under the peer's own name.
     """
 
     version: str
@@ -48,8 +50,8 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Contender:
-    """adapter: X of `workers/with_X.py`.    package, version: that must be there, None where it is pctt's
-    own. asked: whether the user named it.
+    """adapter: X of `workers/with_X.py`.    asked: whether the user named it.
+    package, version: that must be there, None for a contender of our own.
     """
 
     name: str
@@ -103,6 +105,17 @@ class Answer:
     activities: list[Tensor] | None
     weights: list[list[Tensor]] | None
     about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Round:
+    """milliseconds: of every training batch.    cpu: that all threads have worked for one, on average.
+    peak_bytes: the most the process has held so far.
+    """
+
+    milliseconds: list[float]
+    cpu: float
+    peak_bytes: int | None
 
 
 class Worker:
@@ -185,16 +198,16 @@ class Worker:
 
         return _checked(self, read)
 
-    def run(self, key: str, seconds: float) -> tuple[list[float], int | None]:
-        """Milliseconds of every training batch within `seconds`, and the most bytes it has held."""
+    def run(self, key: str, seconds: float) -> Round:
+        """The training batches within `seconds`."""
         self._send({"do": "run", "key": key, "seconds": seconds}, "running")
         answer = self._next("samples", seconds + self.limit, "running")
 
-        def read() -> tuple[list[float], int | None]:
+        def read() -> Round:
             samples, peak = [float(each) for each in answer["milliseconds"]], answer["peak_bytes"]
             if not samples or not min(samples) > 0:
                 raise ValueError("no times")
-            return samples, None if peak is None else int(peak)
+            return Round(samples, float(answer["cpu"]), None if peak is None else int(peak))
 
         return _checked(self, read)
 

@@ -16,7 +16,8 @@ NAME = 17  # columns of a name in a table
 class Line:
     """A contender in one case.
 
-    runtime: versions of what it runs on.    rounds: the median of each.
+    runtime: versions of what it runs on.    rounds: the median of each.    cpu_rounds: milliseconds that all
+    its threads have worked per batch, in each.    cpu_over_pctt: how many times as much work.
     over_pctt: how many times as long as pctt.    mflop: of its algorithm's products.    floor: their time.
     first_batch: seconds of the first training batch, with compilation and all that is set up for it.
     peak_bytes: the most its process has held.    work: "same", "backprop" or what else it does. same: how far
@@ -27,7 +28,9 @@ class Line:
     algorithm: str
     runtime: dict[str, str]
     rounds: tuple[float, ...]
+    cpu_rounds: tuple[float, ...]
     over_pctt: float
+    cpu_over_pctt: float
     mflop: float
     floor: float
     first_batch: float
@@ -39,9 +42,20 @@ class Line:
     def ms(self) -> float:
         return median(self.rounds)
 
+    @property
+    def cpu_ms(self) -> float:
+        return median(self.cpu_rounds)
+
     def to_dict(self) -> dict[str, Any]:
-        figures = {"ms": self.ms, "ms_range": [min(self.rounds), max(self.rounds)]}
-        return {**asdict(self), "rounds": list(self.rounds), **figures, "over_floor": self.ms / self.floor}
+        figures = {
+            "rounds": list(self.rounds),
+            "cpu_rounds": list(self.cpu_rounds),
+            "ms": self.ms,
+            "ms_range": [min(self.rounds), max(self.rounds)],
+            "cpu_ms": self.cpu_ms,
+            "over_floor": self.ms / self.floor,
+        }
+        return {**asdict(self), **figures}
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class CaseResult:
     algorithm: str
     device: str
     gemm_rounds: tuple[float, ...]
+    gemm_cpu_rounds: tuple[float, ...]
     gemm_gflops: float
     bytes_over_needed: float
     lines: tuple[Line, ...]
@@ -68,7 +83,11 @@ class CaseResult:
         return f"{self.network}, B={self.batch_size}, {self.algorithm}{where}"
 
     def to_dict(self) -> dict[str, Any]:
-        lists = {"widths": list(self.widths), "gemm_rounds": list(self.gemm_rounds)}
+        lists = {
+            "widths": list(self.widths),
+            "gemm_rounds": list(self.gemm_rounds),
+            "gemm_cpu_rounds": list(self.gemm_cpu_rounds),
+        }
         return {**asdict(self), **lists, "lines": [line.to_dict() for line in self.lines]}
 
     def as_text(self) -> str:
@@ -77,15 +96,15 @@ class CaseResult:
         lines = [
             f"{self.title}: {ours.mflop:,.0f} MFLOP, {ours.floor:.2f} ms at the {self.gemm_gflops:,.0f} "
             f"GFLOP/s of a large product; buffers {self.bytes_over_needed:.2f}x the least",
-            f"{'contender':<{NAME}}{'ms [least, most]':>25}{'/floor':>9}{'/pctt':>7}{'first s':>9}"
-            f"{'peak MB':>9}  work",
+            f"{'contender':<{NAME}}{'ms [least, most]':>25}{'/floor':>9}{'/pctt':>7}{'CPU ms':>9}"
+            f"{'first s':>9}{'peak MB':>9}  work",
         ]
         for line in self.lines:
             span = f"{line.ms:.2f} [{min(line.rounds):.2f}, {max(line.rounds):.2f}]"
             peak = "" if line.peak_bytes is None else f"{line.peak_bytes / 1e6:.0f}"
             lines.append(
                 f"{line.name:<{NAME}}{span:>25}{line.ms / line.floor:>9.2f}{line.over_pctt:>7.2f}"
-                f"{line.first_batch:>9.2f}{peak:>9}  {line.work}"
+                f"{line.cpu_ms:>9.2f}{line.first_batch:>9.2f}{peak:>9}  {line.work}"
             )
         return "\n".join(lines) + "\n"
 

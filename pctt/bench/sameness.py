@@ -2,12 +2,15 @@
 
 pctt in float64 is the measure, and pctt in float32 says how far a right program of that precision is from it.
 Two right ones round in other orders and have other tanh functions, whose errors are 1 to 5 units in the last
-place, so their mean distances are within a factor of a few of each other; FACTOR leaves room for that,
-while a missing inference step, another rate or another placement of tanh is thousands of times as far
-away.
+place, so their mean distances are within a factor of a few of each other. FACTOR leaves room for that, while
+a missing inference step, another rate or another placement of tanh is thousands of times as far away.
 
-Distances are mean absolute ones. Adam moves a weight by g / (|g| + 1e-8) at first, so the few weights of
-nearly no gradient move by anything between the ends in float32; a mean does not see them, a root of mean
+An error is the difference of two activities, each rounded. Far from the output errors are small, so that
+rounding is a large part of them and of the weight gradients, which Adam does not scale away. What weights may
+differ by is therefore also found by a learning step from float64 errors that are shaken as much.
+
+Distances are mean absolute ones. Adam first moves a weight by g / (|g| + 1e-8), so the few weights with
+nearly no gradient move by anything between the ends in float32, which a mean does not see and a root of mean
 squares does.
 """
 

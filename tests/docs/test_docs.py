@@ -29,7 +29,7 @@ import pctt
 from pctt import Status, activations, backprop, cli, config, presets, record
 from pctt.backends import reference
 from pctt.bench import work as bench_work
-from pctt.bench.peers import Answer, Contender
+from pctt.bench.peers import Answer, Contender, Round
 from pctt.bench.workers.serve import arrays_of
 from pctt.data.idx import FILE_NAMES
 from pctt.inference import dynamics
@@ -197,8 +197,8 @@ class NoWorker:
         weights = [list(layer.values()) for layer in engine.weights().values()]
         return Answer(0.1, activities, weights, {"bytes": 1, "num_steps": engine.program.num_steps})
 
-    def run(self, *_: object) -> tuple[list[float], int]:
-        return [1.0], 1
+    def run(self, *_: object) -> Round:
+        return Round([1.0], 1.0, 1)
 
     def close(self) -> None:
         pass

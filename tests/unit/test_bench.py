@@ -28,7 +28,7 @@ from pctt.bench import command as command_module
 from pctt.bench import measuring, work
 from pctt.bench.command import bench as command
 from pctt.bench.measuring import bench_case, bench_variants
-from pctt.bench.peers import PEERS, Answer, Contender, PeerFailed, Worker, peer_contenders
+from pctt.bench.peers import PEERS, Answer, Contender, PeerFailed, Round, Worker, peer_contenders
 from pctt.bench.sameness import Measure
 from pctt.bench.work import CASES, GEMM, SMOKE, Case, Settings
 from pctt.bench.workers import serve
@@ -215,13 +215,13 @@ class Scripted:
         activities, weights = numbers(SMALL)
         return Answer(0.5, activities, weights, {"bytes": 10_000, "num_steps": 4})
 
-    def run(self, key: str, seconds: float) -> tuple[list[float], int | None]:
+    def run(self, key: str, seconds: float) -> Round:
         self.said.append(self.contender.name)
         time = self.times[self.contender.name][self.round]
         self.round += 1
         if time < 0:
             raise PeerFailed(f"{self.contender.name}: fell over.")
-        return [time - 1.0, time, time + 5.0], 250_000_000
+        return Round([time - 1.0, time, time + 5.0], 3.0 * time, 250_000_000)
 
     def close(self) -> None:
         self.is_closed = True
@@ -264,6 +264,7 @@ def test_figures_floor_and_ratios_are_those_worked_out_by_hand(scripted: type[Sc
     assert ours.to_dict()["over_floor"] == pytest.approx(8.0 / ours.floor)
     assert backprop.mflop == pytest.approx(16 * (2 * 96 + 3 * (64 + 32)) / 1e6)
     assert fabricpc.ms == 12.0 and fabricpc.over_pctt == pytest.approx(2.0)
+    assert fabricpc.cpu_ms == 36.0 and fabricpc.cpu_over_pctt == pytest.approx(2.0)
     assert result.bytes_over_needed == pytest.approx(10_000 / work.bytes_needed(SMALL))
     assert [line.work for line in result.lines] == ["same", "backprop", "same"]
 
@@ -358,8 +359,9 @@ def test_a_worker_prepares_runs_and_shows_its_numbers(tmp_path: Path) -> None:
         answer = worker.prepare("a", given())
         assert answer.first_batch > 0 and answer.activities is not None and answer.weights is not None
         assert Measure(SMALL, work.problem(SMALL), SETTINGS).compare(answer.activities, answer.weights).ok
-        samples, peak = worker.run("a", 0.0)
-        assert len(samples) == serve.LEAST and peak is not None and peak > 1e6
+        found = worker.run("a", 0.0)
+        assert len(found.milliseconds) == serve.LEAST and found.cpu > 0
+        assert found.peak_bytes is not None and found.peak_bytes > 1e6
 
 
 NEVER = "import time; time.sleep(600)"
@@ -399,7 +401,9 @@ def test_a_worker_that_is_not_as_it_should_be_gives_one_sentence(
 
 
 def test_times_that_are_none_do_not_fit(tmp_path: Path) -> None:
-    text = f"""{READY}; input(); print('{{"kind": "samples", "milliseconds": [], "peak_bytes": 1}}')"""
+    text = (
+        f"""{READY}; input(); print('{{"kind": "samples", "milliseconds": [], "cpu": 1, "peak_bytes": 1}}')"""
+    )
     with Worker(contender(interpreter(tmp_path, text)), 1, 60.0) as worker:
         worker.start()
         with pytest.raises(PeerFailed, match="does not fit"):
@@ -485,7 +489,7 @@ def test_an_installed_peer_does_the_same_work(name: str) -> None:
                 measure = Measure(case, work.problem(case), SETTINGS)
                 same = measure.compare(answer.activities, answer.weights, activate)
                 assert same.ok, f"{entrant.name}, {case}: {same}"
-                assert median(worker.run("a", 0.0)[0]) > 0
+                assert median(worker.run("a", 0.0).milliseconds) > 0
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -10,14 +10,17 @@ object a line:
     {"do": "prepare", "key", "work"}
                             {"kind": "prepared", "first_batch", "activities", "weights", "about"}
     {"do": "run", "key", "seconds"}
-                            {"kind": "samples", "milliseconds": [...], "peak_bytes"}
+                            {"kind": "samples", "milliseconds": [...], "cpu", "peak_bytes"}
     anything that fails     {"kind": "failed", "sentence"}
 
 work: `algorithm`, `way`, `widths`, `batch_size`, `num_steps` (T), `rate`, `learning_rate`, `device`,
 `weights` (matrix [in, out] and bias [out] of each layer), `inputs` [B, in], `targets` [B, out].
-first_batch: seconds from the arrival of a work to the end of its first training batch, compilation
-included. activities, weights: after that batch, of the hidden nodes [B, units] and of the layers; None
-where the contender has none to show. Arrays are {"shape", "float32": base64 of the bytes}.
+first_batch: seconds from the arrival of a work to the end of its first training batch, with compilation.
+activities, weights: after that batch, of the hidden nodes [B, units] and of the layers; None where the
+contender has none to show.
+cpu: milliseconds that all threads together have worked per training batch, which other programs on the
+machine disturb less than the time that passes.
+Arrays are {"shape", "float32": base64 of the bytes}.
 
 An adapter is a module with `prepare(work) -> Prepared`, and `RUNTIME`, names of packages whose versions
 matter.
@@ -169,8 +172,10 @@ class Worker:
         if request["do"] == "prepare":
             return self._prepare(request["key"], request["work"])
         work = self.works[request["key"]]
+        worked = time.process_time()
         samples = timed(work.run, request["seconds"])
-        return {"kind": "samples", "milliseconds": samples, "peak_bytes": peak_bytes()}
+        cpu = 1e3 * (time.process_time() - worked) / len(samples)
+        return {"kind": "samples", "milliseconds": samples, "cpu": cpu, "peak_bytes": peak_bytes()}
 
     def _prepare(self, key: str, work: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
