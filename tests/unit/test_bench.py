@@ -361,7 +361,9 @@ def test_a_worker_prepares_runs_and_shows_its_numbers(tmp_path: Path) -> None:
         assert Measure(SMALL, work.problem(SMALL), SETTINGS).compare(answer.activities, answer.weights).ok
         found = worker.run("a", 0.0)
         assert len(found.milliseconds) == serve.LEAST and found.cpu > 0
-        assert found.peak_bytes is not None and found.peak_bytes > 1e6
+        assert found.peak_bytes is not None and 1e6 < found.peak_bytes
+        if sys.platform == "linux":  # of itself, not of us, who have torch
+            assert found.peak_bytes < serve.peak_bytes() / 2
 
 
 NEVER = "import time; time.sleep(600)"
