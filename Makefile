@@ -65,8 +65,8 @@ docs: .venv/docs.stamp  ## make the site in build/site: all pages and the refere
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	@touch $@
 
-bench: $(STAMP)  ## milliseconds per training batch, beside backprop and the machine's floor
-	$(BIN)/python tools/bench.py $(ARGS)
+bench: $(STAMP)  ## milliseconds per training batch, beside backprop, other libraries and the floor
+	$(BIN)/pctt bench $(ARGS)
 
 faults: $(STAMP)  ## plant known faults in a copy and see that the tests notice
 	$(BIN)/python tools/plant_faults.py $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: pctt train, eval, generate, recall, plan, profile, dashboard, doctor.
+"""The command line: pctt train, eval, generate, recall, plan, profile, bench, dashboard, doctor.
 
 Exit code 0: done; 1: it failed; 2: it was asked for wrongly. On a terminal there is a progress bar, in a pipe
 plain lines, and with --json one JSON object a line on standard output and nothing else.
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pctt import ask, checkpoint, plots, record
 from pctt.backends import DeviceLost
+from pctt.bench.command import bench
 from pctt.config import RunConfig, from_dict, to_dict
 from pctt.dashboard.command import dashboard
 from pctt.data import Dataset, Split, split_validation
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         "recall": recall,
         "plan": plan,
         "profile": profile,
+        "bench": bench,
         "dashboard": dashboard,
         "doctor": doctor,
     }

@@ -131,15 +131,24 @@ class Reporter:
 
 
 class Asking:
-    """A progress bar over the pictures of a question, on a terminal and without --json."""
+    """A progress bar over the pictures of a question, or over other units, on a terminal and without
+    --json.
+    """
 
-    def __init__(self, total: int, place: str, as_json: bool) -> None:
+    def __init__(self, total: int, place: str, as_json: bool, unit: str = "picture") -> None:
         shown = not as_json and sys.stderr.isatty()
-        self.bar = _progress_bar(total, 0, place, "picture") if shown else None
+        self.bar = _progress_bar(total, 0, place, unit) if shown else None
 
     def update(self, count: int) -> None:
         if self.bar is not None:
             self.bar.update(count)
+
+    def say(self, text: str) -> None:
+        """Lines above the bar."""
+        if self.bar is not None:
+            self.bar.write(text, end="")
+        else:
+            print(text, end="", flush=True)
 
     def __enter__(self) -> Asking:
         return self

@@ -70,6 +70,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "fused": ("tests/unit/test_fused.py",),
     "waits": ("tests/unit/test_fused_schedule.py",),
     "shown": ("tests/unit/test_describe.py",),
+    "bench": ("tests/unit/test_bench.py",),
 }
 """Family: the test files that must notice its faults."""
 
@@ -102,6 +103,8 @@ FUSED_SCHEDULE = "pctt/backends/fused_schedule.py"
 BOXES = "pctt/placement/boxes.py"
 SCALING = "pctt/placement/scaling.py"
 DESCRIBE = "pctt/describe.py"
+SAMENESS = "pctt/bench/sameness.py"
+MEASURING = "pctt/bench/measuring.py"
 
 FAULTS = (
     Fault(
@@ -749,6 +752,29 @@ FAULTS = (
         FUSED_SCHEDULE,
         "entry.done = max(entry.done, writer)",
         "pass",
+    ),
+    Fault("bench-anything-is-the-same", "bench", SAMENESS, "FACTOR = 8.0", "FACTOR = 8e4"),
+    Fault(
+        "bench-floor",
+        "bench",
+        MEASURING,
+        "rate = 2 * work.gemm_size(device) ** 3",
+        "rate = work.gemm_size(device) ** 3",
+    ),
+    Fault(
+        "bench-ratio-of-medians",
+        "bench",
+        MEASURING,
+        "return median(a / b for a, b in zip(times, others, strict=True))",
+        "return median(times) / median(others)",
+    ),
+    Fault("bench-same-order", "bench", MEASURING, "entrants[turn:] + entrants[:turn]", "list(entrants)"),
+    Fault(
+        "bench-not-awaited",
+        "bench",
+        "pctt/bench/workers/with_torch.py",
+        "        torch.cuda.synchronize(device)\n",
+        "",
     ),
 )
 

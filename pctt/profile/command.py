@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import os
-import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from pctt.backends import BackendUnavailable
 from pctt.backends.tenstorrent import is_mock
 from pctt.config import RunConfig
 from pctt.engine import Engine
+from pctt.folders import new_folder, whole_folder
 from pctt.initialisers import init
 from pctt.network import Network
 from pctt.profile.measuring import measure
@@ -59,8 +57,8 @@ def profile(
     config = _asked(what, backend, device, fused, batch_size, set)
     if batches < 1:
         raise UsageError(f"--batches must be at least 1, got {batches}.")
-    folder = _folder(out, Path(what).stem)
-    with _whole(folder) as staging:
+    folder = new_folder(out, f"profile-{Path(what).stem}")
+    with whole_folder(folder) as staging:
         engine, batch = _engine(config)
         found = measure(engine, batch, batches)
         advice = _device_profiler(engine)
@@ -90,7 +88,7 @@ def _asked(
     config = override(config, {"training.fused": fused or None})
     if config.training.algorithm != "pc":
         raise UsageError(
-            "a profile is of predictive coding; drop training.algorithm=backprop, or see tools/bench.py."
+            "a profile is of predictive coding; drop training.algorithm=backprop, or see `pctt bench`."
         )
     return config
 
@@ -156,33 +154,6 @@ def _device_profiler(engine: Engine) -> list[str]:
 
 
 # --- files --------------------------------------------------------------------------------------------------
-
-
-def _folder(out: Path | None, name: str) -> Path:
-    if out is None:
-        number = 1
-        while (Path("runs") / f"profile-{name}-{number}").exists():
-            number += 1
-        return Path("runs") / f"profile-{name}-{number}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists already; choose another --out.")
-    return out
-
-
-@contextmanager
-def _whole(folder: Path) -> Generator[Path]:
-    """A folder beside `folder` that takes its name when all is done, and is gone if something fails."""
-    folder = folder.absolute()
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {folder.parent}: {error.strerror}; choose another --out.") from None
-    try:
-        yield staging
-        staging.replace(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write(found: Profile, folder: Path) -> None:

@@ -42,7 +42,7 @@ from pctt.program import Instruction
 WARM_UP = 3
 """Training steps before the first that counts: a card compiles in one, records a trace in the next."""
 MATRIX = 1024
-"""Rows and columns of the square product that says what the machine can do, as in `tools/bench.py`."""
+"""Rows and columns of the square product that says what the machine can do, as in `pctt bench`."""
 DISTURBED = 1.5
 """Times as long as the fastest training step that the slowest may take."""
 

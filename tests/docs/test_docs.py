@@ -19,12 +19,17 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 
+import pctt
 from pctt import Status, cli, config, presets, record
+from pctt.bench import work as bench_work
+from pctt.bench.peers import Answer, Contender, Round
+from pctt.bench.workers.serve import arrays_of
 from pctt.data.idx import FILE_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,7 +175,52 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "small.toml").write_text(toml_example(), encoding="utf-8")
     for name, preset in presets.PRESETS.items():
         monkeypatch.setitem(presets.PRESETS, name, shortened(preset()))
+    monkeypatch.setattr("pctt.bench.measuring.Worker", NoWorker)
     return tmp_path
+
+
+class NoWorker:
+    """A contender of `pctt bench` that does nothing, fast; `test_bench.py` runs real ones."""
+
+    runtime: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, contender: Contender, *_: float) -> None:
+        self.contender = contender
+
+    def start(self) -> None:
+        pass
+
+    def prepare(self, _: str, work: dict[str, Any]) -> Answer:
+        engine = None if self.contender.adapter == "torch" else trained(work)
+        if engine is None:
+            return Answer(0.1, None, None, {})
+        activities = [engine.read_activity(name) for name in engine.net.nodes[1:-1]]
+        weights = [list(layer.values()) for layer in engine.weights().values()]
+        return Answer(0.1, activities, weights, {"bytes": 1, "num_steps": engine.program.num_steps})
+
+    def run(self, *_: object) -> Round:
+        return Round([1.0], 1.0, 1)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> "NoWorker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def trained(work: dict[str, Any]) -> pctt.Engine:
+    """The engine of a work of `pctt bench` after one training batch."""
+    given = arrays_of(work)
+    layers = [tuple(map(torch.from_numpy, layer)) for layer in given["weights"]]
+    problem = bench_work.Problem(layers, *(torch.from_numpy(given[key]) for key in ("inputs", "targets")))
+    settings = bench_work.Settings(num_steps=given["num_steps"], rate=given["rate"])
+    inference = bench_work.inference(given["algorithm"], settings)
+    engine = bench_work.engine(problem, tuple(given["widths"]), inference)
+    bench_work.train(engine, problem, given["learning_rate"], 1)
+    return engine
 
 
 def shortened(preset: config.RunConfig) -> Callable[[], config.RunConfig]:
@@ -194,7 +244,7 @@ def test_every_command_and_option_named_in_the_text_exists(
     page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     help_texts = ""
-    for name in ("train", "eval", "generate", "recall", "plan", "profile", "dashboard", "doctor"):
+    for name in ("train", "eval", "generate", "recall", "plan", "profile", "bench", "dashboard", "doctor"):
         with pytest.raises(SystemExit) as ended:
             cli.main([name, "--help"])
         assert ended.value.code == 0
@@ -204,13 +254,13 @@ def test_every_command_and_option_named_in_the_text_exists(
         if re.match(r"(pctt |--)", code):
             assert set(re.findall(r"--[a-z-]+", code)) <= known, code
     asked: list[object] = []
-    commands = ("train", "evaluate", "generate", "recall", "plan", "profile", "dashboard", "doctor")
+    commands = ("train", "evaluate", "generate", "recall", "plan", "profile", "bench", "dashboard", "doctor")
     for name in commands:
         monkeypatch.setattr(cli, name, only_parsed(getattr(cli, name), asked))
     lines = [code for code in inline_code(page) if code.startswith("pctt ")]
     for line in lines:
         words = shlex.split(line)[1:]
-        bare = len(words) == 1 and words != ["doctor"]  # the command named without its argument
+        bare = len(words) == 1 and words[0] not in ("doctor", "bench")  # named without its argument
         whole = [*words, "X"] if bare else words
         assert cli.main(whole) == 0, line
     assert len(asked) == len(lines)
