@@ -141,6 +141,7 @@ def _result(case: Case, settings: Settings, device: str, entrants: list[Entrant]
     by_name = {entrant.contender.name: entrant for entrant in entrants}
     gemm, pctt = by_name.pop(GEMM), by_name["pctt"]
     rate = 2 * work.gemm_size(device) ** 3 / (1e-3 * median(gemm.rounds))
+    worked = rate * median(gemm.rounds) / median(gemm.cpu_rounds)
     lines = list[Line]()
     for entrant in by_name.values():
         mflop = 1e-6 * work.flops(case, entrant.contender.algorithm, settings)
@@ -155,6 +156,7 @@ def _result(case: Case, settings: Settings, device: str, entrants: list[Entrant]
                 cpu_over_pctt=beside(entrant.cpu_rounds, pctt.cpu_rounds),
                 mflop=mflop,
                 floor=1e9 * mflop / rate,
+                cpu_floor=1e9 * mflop / worked if device == "cpu" else None,
                 first_batch=entrant.answer.first_batch,
                 peak_bytes=entrant.peak_bytes,
                 work=entrant.verdict,

@@ -19,6 +19,7 @@ class Line:
     runtime: versions of what it runs on.    rounds: the median of each.    cpu_rounds: milliseconds that all
     its threads have worked per batch, in each.    cpu_over_pctt: how many times as much work.
     over_pctt: how many times as long as pctt.    mflop: of its algorithm's products.    floor: their time.
+    cpu_floor: what all threads work for them, None where they are not on the CPU.
     first_batch: seconds of the first training batch, with compilation and all that is set up for it.
     peak_bytes: the most its process has held.    work: "same", "backprop" or what else it does. same: how far
     its numbers are from ours.
@@ -33,6 +34,7 @@ class Line:
     cpu_over_pctt: float
     mflop: float
     floor: float
+    cpu_floor: float | None
     first_batch: float
     peak_bytes: int | None
     work: str
@@ -54,6 +56,7 @@ class Line:
             "ms_range": [min(self.rounds), max(self.rounds)],
             "cpu_ms": self.cpu_ms,
             "over_floor": self.ms / self.floor,
+            "cpu_over_floor": None if self.cpu_floor is None else self.cpu_ms / self.cpu_floor,
         }
         return {**asdict(self), **figures}
 

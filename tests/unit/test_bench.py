@@ -264,6 +264,8 @@ def test_figures_floor_and_ratios_are_those_worked_out_by_hand(scripted: type[Sc
     assert ours.to_dict()["over_floor"] == pytest.approx(8.0 / ours.floor)
     assert backprop.mflop == pytest.approx(16 * (2 * 96 + 3 * (64 + 32)) / 1e6)
     assert fabricpc.ms == 12.0 and fabricpc.over_pctt == pytest.approx(2.0)
+    assert ours.cpu_floor == pytest.approx(3 * ours.floor)
+    assert ours.to_dict()["cpu_over_floor"] == pytest.approx(24.0 / (3 * ours.floor))
     assert fabricpc.cpu_ms == 36.0 and fabricpc.cpu_over_pctt == pytest.approx(2.0)
     assert result.bytes_over_needed == pytest.approx(10_000 / work.bytes_needed(SMALL))
     assert [line.work for line in result.lines] == ["same", "backprop", "same"]
@@ -593,6 +595,7 @@ def test_where_torch_sees_a_gpu_there_is_a_section_for_it_without_peers(
         ["cpu"],
     ]
     assert [len(case["lines"]) for case in cases[0]] == [3, 2]
+    assert cases[0][0]["lines"][0]["cpu_over_floor"] > 0 and cases[0][1]["lines"][0]["cpu_over_floor"] is None
     assert cases[0][1]["gemm_gflops"] == pytest.approx(64 * cases[0][0]["gemm_gflops"])
     with pytest.raises(UsageError, match="torch sees no device 'cuda:2'"):
         command(device="cuda:2")
