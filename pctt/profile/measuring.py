@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from pctt._checks import require_count
+from pctt.backends.devices import mode
 from pctt.backends.fused_plan import FusedPlan
 from pctt.backends.lowering import TILE, CardBuffer
 from pctt.backends.operations import one_after_the_other
 from pctt.backends.placed import Placed
 from pctt.backends.reference import Reference
-from pctt.backends.tenstorrent import mode
 from pctt.engine import Engine
 from pctt.placement.budget import budget
 from pctt.placement.chips import Fidelity
