@@ -88,8 +88,8 @@ def _put_rows(backend: Any, handle: Any, parts: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("weights_at", ["end", "every_step"])
 def test_a_mesh_trains_as_its_emulation(card: Tenstorrent, weights_at: str) -> None:
-    """Three learning steps, the third of which replays a trace where dispatch is fast. A chip rounds the terms of
-    a product once more than its emulation; a share left out or counted twice is 20% of a change or more.
+    """Three learning steps, the third of which replays a trace where dispatch is fast. A chip rounds the
+    terms of a product once more than its emulation; a share that is left out is 20% of a change or more.
     """
     weights, rule = init(NET), SGD(0.1, momentum=0.5)
     settings = Inference(num_steps=2, rate=0.1, weights_at=weights_at)
