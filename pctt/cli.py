@@ -138,7 +138,7 @@ def train(
             nudge+-, ep, momentum, adam, heun, langevin, boosted; --set overrides them.
         backend: Where to run: reference (torch), emulated (a card, on the CPU) or tenstorrent.
         device: For reference a torch device such as cuda:0, for emulated a chip such as n150, for tenstorrent
-            the number of a card.
+            the number of a card; for the last two also mesh:2, two chips that share out each batch.
         epochs: Epochs of the whole run.
         batch_size: Samples per learning step.
         seed: Of weights, validation split and batch order.

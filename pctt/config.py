@@ -17,6 +17,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pctt._checks import require_between, require_count, require_finite_positive, require_one_of
 from pctt.backends import BACKENDS
+from pctt.backends.devices import place_of
+from pctt.backends.mesh import parse_device
 from pctt.backends.precision import PrecisionPolicy
 from pctt.describe import Concise
 from pctt.energies import Categorical, Gaussian
@@ -88,7 +90,8 @@ class TrainingConfig(Concise):
     seed: of weights, validation split and batch order.
     algorithm: pc, or the backprop twin.
     backend: reference, emulated or tenstorrent.
-    device: reference: a torch device; emulated: a chip such as n150; tenstorrent: the number of a card.
+    device: reference: a torch device; emulated: a chip such as n150, or two: n300:2; tenstorrent: the number
+        of a card; emulated, tenstorrent: mesh:2 for two chips that share out each batch.
     checkpoint_every: also write a checkpoint after this many batches, not only after each epoch.
     tensorboard: mirror the metrics to tensorboard event files in the run folder.
     fused: tenstorrent: every training step is one program.    cores_per_layer: its cores for each layer.
@@ -120,6 +123,8 @@ class TrainingConfig(Concise):
             require_count("checkpoint_every", self.checkpoint_every, least=1)
         if self.fused and self.backend == "reference":
             raise ValueError("fused is a way of running on a card; set backend to tenstorrent or emulated.")
+        if self.fused and parse_device(self.device)[1] > 1:
+            raise ValueError("fused runs on one chip, and device is several; drop one of the two.")
         if self.cores_per_layer is not None:
             require_count("cores_per_layer", self.cores_per_layer, least=1)
             if not self.fused:
@@ -128,9 +133,11 @@ class TrainingConfig(Concise):
 
 def _check_device(backend: str, device: str) -> None:
     if backend == "emulated":
-        require_one_of("device of the emulated backend", device, tuple(CHIPS))
-    if backend == "tenstorrent" and not (device.isascii() and device.isdigit()):
-        raise ValueError(f"device of the tenstorrent backend must be a number such as 0, got {device!r}.")
+        name, _ = parse_device(device)
+        if name is not None:
+            require_one_of("device of the emulated backend", name, tuple(CHIPS))
+    if backend == "tenstorrent":
+        place_of(device)
 
 
 @dataclass(frozen=True)

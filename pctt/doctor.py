@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pctt.backends import tenstorrent
+from pctt.backends import devices
 from pctt.data import find_cifar10, find_folder
 from pctt.data.idx import SOURCES
 
@@ -103,7 +103,7 @@ def _tenstorrent() -> Iterator[Finding]:
             f"not ready: {', '.join(missing)}, see above",
             "a card on the CPU needs none of it: --backend emulated",
         )
-    elif tenstorrent.mode() == "mock":
+    elif devices.mode() == "mock":
         yield Finding(
             "tenstorrent",
             False,
@@ -116,7 +116,7 @@ def _tenstorrent() -> Iterator[Finding]:
 
 def _ttnn() -> Finding:
     if importlib.util.find_spec("ttnn") is None:
-        fits = sys.version_info[:2] in tenstorrent.TTNN_PYTHONS
+        fits = sys.version_info[:2] in devices.TTNN_PYTHONS
         where = "" if fits else f" in an environment of Python {_ttnn_pythons()}"
         python = f"Python {platform.python_version()}"
         detail = f"not installed; it has wheels for Python {_ttnn_pythons()}, and this is {python}"
@@ -125,12 +125,12 @@ def _ttnn() -> Finding:
         version = importlib.metadata.version("ttnn")
     except importlib.metadata.PackageNotFoundError:
         version = "built from source"
-    tested = "" if version == tenstorrent.TTNN_TESTED else f"; pctt is tested with {tenstorrent.TTNN_TESTED}"
+    tested = "" if version == devices.TTNN_TESTED else f"; pctt is tested with {devices.TTNN_TESTED}"
     return Finding("ttnn", True, version + tested)
 
 
 def _ttnn_pythons() -> str:
-    return " or ".join(f"{major}.{minor}" for major, minor in tenstorrent.TTNN_PYTHONS)
+    return " or ".join(f"{major}.{minor}" for major, minor in devices.TTNN_PYTHONS)
 
 
 def _ttnn_folder() -> Path | None:
@@ -159,7 +159,7 @@ def _compiler() -> Finding | None:
 
 
 def _device() -> Finding:
-    mode = tenstorrent.mode()
+    mode = devices.mode()
     if mode == "simulator":
         return _simulator(Path(os.environ["TT_METAL_SIMULATOR"]))
     if mode == "mock":
@@ -169,7 +169,7 @@ def _device() -> Finding:
         detail = f"TT_METAL_MOCK_CLUSTER_DESC_PATH={path} does not exist"
         return Finding("device", False, detail, "correct the path or unset it")
     if mode == "card":
-        cards = tenstorrent.cards()
+        cards = devices.cards()
         return Finding("device", True, f"{len(cards)} card(s): {', '.join(map(str, cards))}")
     return Finding(
         "device",
@@ -204,7 +204,7 @@ def _simulator(path: Path) -> Finding:
 
 def _kernel_cache() -> Finding | None:
     """Where compiled kernels are kept. Their names say neither compiler nor chip."""
-    mode = tenstorrent.mode()
+    mode = devices.mode()
     if mode == "nothing":
         return None
     chosen = os.environ.get("TT_METAL_CACHE")
@@ -236,7 +236,8 @@ import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 import torch
 from pctt.backends.operations import BackendUnavailable
-from pctt.backends.tenstorrent import Tenstorrent, close_devices
+from pctt.backends.devices import close_devices
+from pctt.backends.tenstorrent import Tenstorrent
 try:
     backend = Tenstorrent(torch.float32)
     ttnn, (across, down) = backend.ttnn, backend.grid
@@ -251,7 +252,7 @@ print("\\n" + json.dumps(answer))
 
 def _opened() -> Finding:
     """The device as a process of its own opens it, since a bad one can end the process or never answer."""
-    if tenstorrent.mode() == "card":
+    if devices.mode() == "card":
         repair = "end what uses it (fuser -v /dev/tenstorrent/*), or reset it with tt-smi -r"
     else:
         repair = "empty the folder of TT_METAL_CACHE, in case it holds kernels of another chip or compiler"

@@ -21,10 +21,10 @@ from torch import Tensor
 from pctt import backprop, checkpoint, describe
 from pctt._checks import require_count, require_one_of
 from pctt.backends import BackendUnavailable, DeviceLost
+from pctt.backends.devices import mode
 from pctt.backends.placed import Placed
 from pctt.backends.precision import PrecisionPolicy
 from pctt.backends.reference import Reference
-from pctt.backends.tenstorrent import mode
 from pctt.config import ALGORITHMS, ON_DIVERGENCE, from_dict, to_dict
 from pctt.engine import Engine, Relaxation, Status
 from pctt.feed import Batch, Data, Feed, Reader, batch_order, derived_seed, feed
@@ -213,6 +213,8 @@ class Trainer:
         if isinstance(backend, Placed):
             across, down = backend.grid
             device = f"{backend.chip.name} with {across}x{down} cores"
+            if backend.num_chips > 1:
+                device = f"{backend.num_chips} chips, each {device}"
             if backend.name == "tenstorrent":
                 device = f"{mode()}, {device}"
             precision = {**to_dict(backend.policy), "fidelity": backend.fidelity}

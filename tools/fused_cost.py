@@ -535,7 +535,7 @@ def check() -> tuple[str, bool]:
     of the model. Whether all are equal.
     """
     torch = import_module("torch")
-    engine, device = import_module("pctt.engine"), import_module("pctt.backends.tenstorrent")
+    engine, device = import_module("pctt.engine"), import_module("pctt.backends.devices")
     rows: list[Sequence[object]] = []
     inference, batch_size = pctt.Inference(num_steps=5, rate=0.1), 40
     for name, widths in CHECKED.items():

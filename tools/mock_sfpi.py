@@ -46,63 +46,122 @@ if [ "$dependencies" ]; then echo "$output:" >"$dependencies"; fi
 """
 
 
+Link = tuple[int, int, int, int]
+"""Chip and Ethernet channel at one end, chip and channel at the other."""
+
+
 @dataclass(frozen=True)
 class Card:
-    """What ttnn is told about a card.
+    """What ttnn is told about a card, or about several joined by Ethernet.
 
     arch, board: as the vendor's cluster descriptor spells them.
     code: the kind of board, in its number from bit 36 up; ttnn refuses a number that does not fit `board`.
-    harvesting: units switched off, as masks: rows of Tensix cores on Wormhole, columns on Blackhole.
-    num_chips: joined by two Ethernet links if there are two.
+    harvesting: units switched off, as masks, rows of Tensix cores on Wormhole, columns on Blackhole: of each
+        chip of a board, or of all.
+    boards: the chips on each.    local: the chips that the host reaches by PCIe.
     """
 
     arch: str
     board: str
     code: int
-    harvesting: str
-    num_chips: int = 1
+    harvesting: tuple[str, ...]
+    boards: tuple[tuple[int, ...], ...] = ((0,),)
+    local: tuple[int, ...] = (0,)
+    links: tuple[Link, ...] = ()
 
     def descriptor(self) -> str:
         """The cluster descriptor, YAML."""
-        chips = range(self.num_chips)
-        links = [f"[{{chip: 0, chan: {8 + link}}}, {{chip: 1, chan: {link}}}]" for link in range(2)]
+        places = sorted((chip, place) for board in self.boards for place, chip in enumerate(board))
+        links = [f"[{{chip: {a}, chan: {b}}}, {{chip: {c}, chan: {d}}}]" for a, b, c, d in self.links]
+        units = [self.harvesting[place % len(self.harvesting)] for _, place in places]
+        numbers = [(self.code << 36) + number for number in range(len(self.boards))]
         return "\n".join(
             [
                 "arch:",
-                *(f"  {chip}: {self.arch}" for chip in chips),
+                *(f"  {chip}: {self.arch}" for chip, _ in places),
                 "chips:",
-                *(f"  {chip}: [{chip}, 0, 0, 0]" for chip in chips),
+                *(f"  {chip}: [{chip}, 0, 0, 0]" for chip, _ in places),
                 "chips_with_mmio:",
-                "  - 0: 0",
-                f"ethernet_connections: [{', '.join(links) if self.num_chips == 2 else ''}]",
+                *(f"  - {chip}: {chip}" for chip in self.local),
+                f"ethernet_connections: [{', '.join(links)}]",
                 "harvesting:",
-                *(f"  {chip}: {{noc_translation: true, {self.harvesting}}}" for chip in chips),
+                *(
+                    f"  {chip}: {{noc_translation: true, {off}}}"
+                    for (chip, _), off in zip(places, units, strict=True)
+                ),
+                "asic_locations:",
+                *(f"  {chip}: {place}" for chip, place in places),
                 "boards:",
-                f"  - [board_id: {self.code << 36}, board_type: {self.board}, chips: {list(chips)}]",
+                *(
+                    f"  - [board_id: {number}, board_type: {self.board}, chips: {list(board)}]"
+                    for number, board in zip(numbers, self.boards, strict=True)
+                ),
                 "",
             ]
         )
 
 
+def _pairs(*ends: tuple[int, int, int, int]) -> tuple[Link, ...]:
+    """Two links each: chip and its first channel at one end, and at the other."""
+    return tuple((a, b + n, c, d + n) for a, b, c, d in ends for n in range(2))
+
+
 # Of 10 rows an n150 has 9 and a chip of an n300 has 8. Of 14 columns a Blackhole has 12: a p100a always, a
 # p150 since firmware 19.5.0. A p100a also lacks one DRAM channel and all Ethernet.
 CARDS = {
-    "n150": Card("Wormhole", "n150", 0x18, "harvest_mask: 0x1"),
-    "n300": Card("Wormhole", "n300", 0x14, "harvest_mask: 0x3", num_chips=2),
+    "n150": Card("Wormhole", "n150", 0x18, ("harvest_mask: 0x1",)),
+    "n300": Card("Wormhole", "n300", 0x14, ("harvest_mask: 0x3",), ((0, 1),), links=_pairs((0, 8, 1, 0))),
     "p100a": Card(
         "Blackhole",
         "p100",
         0x43,
-        "harvest_mask: 0x3000, dram_harvesting_mask: 0x1, "
-        "eth_harvesting_mask: 0x3fff, pcie_harvesting_mask: 0x2",
+        (
+            "harvest_mask: 0x3000, dram_harvesting_mask: 0x1, "
+            "eth_harvesting_mask: 0x3fff, pcie_harvesting_mask: 0x2",
+        ),
     ),
     "p150": Card(
         "Blackhole",
         "p150",
         0x40,
-        "harvest_mask: 0x3000, eth_harvesting_mask: 0x120, pcie_harvesting_mask: 0x2",
+        ("harvest_mask: 0x3000, eth_harvesting_mask: 0x120, pcie_harvesting_mask: 0x2",),
     ),
 }
+
+MESHES = {
+    "p300": Card(
+        "Blackhole",
+        "p300",
+        0x44,
+        tuple(
+            f"harvest_mask: 0x3000, eth_harvesting_mask: 0x120, pcie_harvesting_mask: {mask}"
+            for mask in ("0x2", "0x1")
+        ),
+        ((0, 1),),
+        (0, 1),
+        ((0, 2, 1, 9), (0, 3, 1, 8)),
+    ),
+    "t3000": Card(  # four n300, two in a row and two in a column
+        "Wormhole",
+        "n300",
+        0x14,
+        ("harvest_mask: 0x3",),
+        tuple((chip, chip + 4) for chip in range(4)),
+        (0, 1, 2, 3),
+        _pairs(
+            *((chip, 8, chip + 4, 0) for chip in range(4)),
+            (0, 6, 2, 6),
+            (0, 14, 1, 14),
+            (1, 0, 3, 0),
+            (2, 14, 3, 14),
+            (4, 6, 5, 6),
+            (6, 6, 7, 6),
+        ),
+    ),
+}
+"""Cards whose chips are for one network together; an n300 is one too."""
+
+SYSTEMS = {**CARDS, **MESHES}
 
 
 def kernel_elf() -> bytes:
@@ -195,12 +254,12 @@ def write(folder: Path) -> None:
             continue
         link.unlink(missing_ok=True)
         link.symlink_to(target)
-    for name, card in CARDS.items():
+    for name, card in SYSTEMS.items():
         (folder / f"{name}.yaml").write_text(card.descriptor(), encoding="utf-8")
 
 
 def environment(folder: Path, chip: str) -> dict[str, str]:
-    """Writes `folder` and returns the variables under which ttnn opens a mock `chip`, one of `CARDS`.
+    """Writes `folder` and returns the variables under which ttnn opens a mock `chip`, one of `SYSTEMS`.
 
     They must be set before ttnn is imported.
 
@@ -208,8 +267,8 @@ def environment(folder: Path, chip: str) -> dict[str, str]:
         ValueError: there is no such chip, or the folder's path has a space in it.
         FileNotFoundError: this Python has no ttnn.
     """
-    if chip not in CARDS:
-        raise ValueError(f"chip must be one of {', '.join(CARDS)}, got {chip!r}")
+    if chip not in SYSTEMS:
+        raise ValueError(f"chip must be one of {', '.join(SYSTEMS)}, got {chip!r}")
     folder = folder.resolve()
     write(folder)
     return {
@@ -229,12 +288,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write; made if it is not there")
-    parser.add_argument("--env", metavar="CARD", choices=CARDS, help="print shell lines for that card")
+    parser.add_argument("--env", metavar="CARD", choices=SYSTEMS, help="print shell lines for that card")
     options = parser.parse_args(argv)
     try:
         if options.env is None:
             write(options.folder.resolve())
-            print(f"wrote {options.folder}; --env prints the settings for {', '.join(CARDS)}")
+            print(f"wrote {options.folder}; --env prints the settings for {', '.join(SYSTEMS)}")
         else:
             for key, value in environment(options.folder, options.env).items():
                 print(f"export {key}={shlex.quote(value)}")

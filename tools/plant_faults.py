@@ -57,6 +57,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "network": ("tests/unit/test_network.py",),
     "card": ("tests/unit/test_emulated.py", "tests/unit/test_lowering.py"),
     "card graphs": ("tests/unit/test_graph_lowering.py",),
+    "mesh": ("tests/unit/test_mesh.py",),
     "placement": ("tests/unit/test_budget.py", "tests/unit/test_cost.py", "tests/unit/test_plan.py"),
     "boxes": ("tests/unit/test_boxes.py",),
     "config": ("tests/unit/test_config.py",),
@@ -95,6 +96,7 @@ ENERGIES = "pctt/energies.py"
 REFERENCE = "pctt/backends/reference.py"
 LOWERING = "pctt/backends/lowering.py"
 GRAPH_LOWERING = "pctt/backends/graph_lowering.py"
+MESH = "pctt/backends/mesh.py"
 BLOCK = "pctt/layers/block.py"
 REFERENCE_MAPS = "pctt/backends/reference_maps.py"
 FUSED_TASKS = "pctt/backends/fused_tasks.py"
@@ -408,6 +410,34 @@ FAULTS = (
         "pctt/backends/emulated.py",
         'out.copy_(values.bfloat16() if form == "bfloat16" else values)',
         'out.copy_(cut(values, 7) if form == "bfloat16" else values)',
+    ),
+    Fault(
+        "mesh-every-chip-for-itself",
+        "mesh",
+        MESH,
+        "gradients=summed(program.gradients)",
+        "gradients=program.gradients",
+    ),
+    Fault(
+        "mesh-sum-too-late",
+        "mesh",
+        MESH,
+        "read = [slot for slot in fresh if any(_overlap(slot, other) for other in i.inputs)]",
+        "read = [slot for slot in fresh if slot in i.inputs]",
+    ),
+    Fault(
+        "mesh-energies-of-one-chip",
+        "mesh",
+        "pctt/backends/placed.py",
+        "(self.num_chips, -1))[:, :, 0]",
+        "(self.num_chips, -1))[:, :1, 0]",
+    ),
+    Fault(
+        "mesh-samples-of-the-first-chip",
+        "mesh",
+        "pctt/backends/placed.py",
+        "self.batch_size - chip * share",
+        "self.batch_size",
     ),
     Fault(
         "card-graph-padding-counts",

@@ -9,8 +9,10 @@
 tests/mock needs nothing but ttnn. tests/device runs on a card if /dev/tenstorrent has one, and on simulators:
 the one TT_METAL_SIMULATOR names, or else wormhole/libttsim.so and blackhole/libttsim.so in the folder sim
 beside the compiler, /opt/tenstorrent/sfpi. A simulated Wormhole runs twice, in fast dispatch only what is
-marked fast_dispatch; a simulated Blackhole once. What the runs leave is in build/tt: kernels, which later
-runs use again, output and results. Ends with 1 if a run fails; what was skipped is listed.
+marked fast_dispatch; a simulated Blackhole once. tests/mesh runs on cards, if ttnn sees two chips or more,
+and on two simulated Blackholes, blackhole_x2/libttsim.so, which is the simulator's build bh_x2. What the runs
+leave is in build/tt: kernels, which later runs use again, output and results. Ends with 1 if a run fails;
+what was skipped is listed.
 """
 
 from __future__ import annotations
@@ -36,8 +38,12 @@ COMPILER = Path("/opt/tenstorrent/sfpi")  # where ttnn looks for it
 PYTHONS = ("3.12", "3.10")
 """Versions that ttnn has wheels for, the preferred one first."""
 
-DESCRIPTIONS = {"wormhole": "wormhole_b0_80_arch.yaml", "blackhole": "blackhole_140_arch.yaml"}
-"""Per simulated chip the file, of ttnn's soc_descriptors, that ttnn wants beside the simulator."""
+DESCRIPTIONS = {
+    "blackhole_x2": "blackhole_140_arch.yaml",
+    "wormhole": "wormhole_b0_80_arch.yaml",
+    "blackhole": "blackhole_140_arch.yaml",
+}
+"""Per simulated chip, or two, the file, of ttnn's soc_descriptors, that ttnn wants beside the simulator."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def simulated(chip: str, simulator: Path, dispatch: str, *arguments: str) -> Run
     }
     if dispatch == "slow":
         variables["TT_METAL_SLOW_DISPATCH_MODE"] = "1"
-    return Run(name, ("tests/device", *arguments), variables)
+    return Run(name, ("tests/mesh" if chip == "blackhole_x2" else "tests/device", *arguments), variables)
 
 
 def link_simulator(folder: Path, chip: str, simulator: Path, ttnn: Path) -> None:
@@ -144,6 +150,7 @@ def find_runs(ttnn: Path) -> tuple[list[Run], list[str]]:
     if any(Path("/dev/tenstorrent").glob("*")):
         instead = ("TT_METAL_SIMULATOR", "TT_METAL_MOCK", "TT_METAL_SLOW_DISPATCH_MODE")
         runs.append(Run("card", ("tests/device",), unset=instead))
+        runs.append(Run("mesh of cards", ("tests/mesh",), unset=instead))
     else:
         absent.append("card: /dev/tenstorrent is empty")
     simulators = find_simulators()

@@ -9,6 +9,7 @@ tiles, with the roundings measured on the vendor's bit-exact simulator (docs/num
     multiply, addcmul   fp32, whatever the formats of the operands
     chains              fp32, but what a chain makes of a bfloat16 operand is rounded to bfloat16; where
                         no tensor is fp32 the result of every function is, of some towards zero
+    all_reduce          sums of two, as by `add`, from chip 0 on
 
 What differs from a card: it rounds the terms of a product once more, in groups of eight, which adds errors of
 3e-4 of a typical result, and the last bits of tanh, exp and their like.
@@ -25,6 +26,7 @@ from torch import Tensor
 from pctt.backends import reference_maps
 from pctt.backends.graph_lowering import MAPS, MOVES, PRODUCTS
 from pctt.backends.lowering import TILE, CardBuffer, Chain, scalar_value
+from pctt.backends.mesh import parse_device
 from pctt.backends.operations import one_after_the_other
 from pctt.backends.placed import Placed
 from pctt.backends.precision import PrecisionPolicy
@@ -48,36 +50,51 @@ CUT = ("add", "multiply", "leaky_relu")
 
 
 class Emulated(Placed):
-    """CPU emulation of one card. device: a chip by name, default n150."""
+    """CPU emulation of one card, or of a mesh. device: a chip by name, default n150, or several: "n300:2";
+    "mesh:2" are two of the default.
+
+    A buffer is a list of tensors, one of each chip.
+    """
 
     name = "emulated"
 
     def __init__(
         self, dtype: torch.dtype, device: str | int | None = None, policy: PrecisionPolicy | None = None
     ) -> None:
-        chip = find_chip("n150" if device is None else str(device))
-        super().__init__(dtype, chip, chip.grid, policy)
+        name, num_chips = parse_device(device)
+        chip = find_chip(name or "n150")
+        super().__init__(dtype, chip, chip.grid, policy, num_chips)
 
-    def allocate(self, buffer: CardBuffer, batch_size: int) -> Tensor:
-        """[count, rows, columns] in fp32, whole tiles; what is stored is rounded to the buffer's format."""
-        rows, columns = (size * TILE for size in buffer.tiles(batch_size))
+    def allocate(self, buffer: CardBuffer, batch_size: int) -> list[Tensor]:
+        """Of each chip [count, rows, columns] in fp32, whole tiles; what is stored is rounded to the buffer's
+        format.
+        """
+        rows, columns = (size * TILE for size in buffer.tiles(self.share(batch_size)))
         tensor = torch.zeros(buffer.count, rows, columns)
         if buffer.content == "ones":
             tensor[:, : buffer.rows] = 1.0
-        return tensor
+        return [tensor.clone() for _ in range(self.num_chips)]
 
     def bind(
-        self, code: Iterable[Instruction], buffers: Mapping[str, Tensor], scalars: Mapping[str, float]
+        self, code: Iterable[Instruction], buffers: Mapping[str, list[Tensor]], scalars: Mapping[str, float]
     ) -> Callable[[], None]:
-        return one_after_the_other([self._bind_one(instruction, buffers, scalars) for instruction in code])
+        on_chips = [
+            {name: tensors[chip] for name, tensors in buffers.items()} for chip in range(self.num_chips)
+        ]
+        calls: list[Call] = []
+        for i in code:
+            if i.op == "all_reduce":
+                calls.append(partial(self._sum_over_chips, i, on_chips))
+            elif i.op in MAPS or i.op in MOVES:
+                calls += [partial(self._run_map, i, own, chip) for chip, own in enumerate(on_chips)]
+            else:
+                calls += [self._bind_one(i, own, scalars) for own in on_chips]
+        return one_after_the_other(calls)
 
     def sequence(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         return one_after_the_other(calls)
 
     def _bind_one(self, i: Instruction, buffers: Mapping[str, Tensor], scalars: Mapping[str, float]) -> Call:
-        if i.op in MAPS or i.op in MOVES:
-            return partial(self._run_map, i, buffers)
-
         def tensor(slot: Slot) -> Tensor:
             return buffers[slot.buffer][slot.start : slot.stop]
 
@@ -106,13 +123,27 @@ class Emulated(Placed):
         assert i.op == "binary", i
         return self._bind_binary(i, inputs, self._number(i, scalars), store)
 
-    def _run_map(self, i: Instruction, buffers: Mapping[str, Tensor]) -> None:
+    def _sum_over_chips(self, i: Instruction, on_chips: list[dict[str, Tensor]]) -> None:
+        (out,), (source,) = i.out, i.inputs
+        form = self.buffer(out.buffer).format
+        total, *rest = (own[source.buffer][source.start : source.stop] for own in on_chips)
+        for part in rest:
+            exact = form == "float32"
+            total = total + part if exact else rounded_away(matrix_sum(total, part), BFLOAT16_BITS)
+        for own in on_chips:
+            _store(own[out.buffer][out.start : out.stop], form, total)
+
+    def _run_map(self, i: Instruction, buffers: Mapping[str, Tensor], chip: int) -> None:
         """In fp32, on tensors without their padding; products cut their operands as `matmul` does."""
-        kept = KEPT_BITS[self.fidelity]
+        kept, samples = KEPT_BITS[self.fidelity], self.samples_on(chip)
+        if not samples and any(self.buffer(slot.buffer).rows == BATCH for slot in i.inputs):
+            for slot in i.out:
+                buffers[slot.buffer].zero_()
+            return
 
         def corner(slot: Slot) -> Tensor:
             buffer = self.buffer(slot.buffer)
-            rows = self.batch_size * buffer.positions if buffer.rows == BATCH else buffer.rows
+            rows = samples * buffer.positions if buffer.rows == BATCH else buffer.rows
             return buffers[slot.buffer][0, :rows, : buffer.columns]
 
         operands = [corner(slot).contiguous() for slot in i.inputs]
@@ -179,11 +210,14 @@ class Emulated(Placed):
 
         return run
 
-    def put(self, tensor: Tensor, buffer: CardBuffer, index: int, values: Tensor) -> None:
-        _store(tensor[index], buffer.format, values)
+    def put(self, tensor: list[Tensor], buffer: CardBuffer, index: int, values: Tensor) -> None:
+        parted = buffer.rows == BATCH
+        shares = values.chunk(self.num_chips) if parted else [values] * self.num_chips
+        for own, share in zip(tensor, shares, strict=True):
+            _store(own[index], buffer.format, share)
 
-    def get(self, tensor: Tensor, start: int, stop: int) -> Tensor:
-        return tensor[start:stop].clone()
+    def get(self, tensor: list[Tensor], start: int, stop: int) -> Tensor:
+        return torch.cat([own[start:stop] for own in tensor], 1)
 
     def synchronise(self) -> None:
         pass

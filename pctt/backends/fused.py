@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pctt.backends.devices import device_at_work
 from pctt.backends.fused_cores import number_bits
 from pctt.backends.fused_plan import L1_UNIT, MOST_NUMBERS, PAGES, TOKENS, FusedPlan, Part, Shares
 from pctt.backends.fused_schedule import Remote
 from pctt.backends.fused_stream import COUNTER_BYTES, KERNELS, WINDOW, Ref, Word
 from pctt.backends.lowering import TILE, CardBuffer
 from pctt.backends.precision import PrecisionPolicy
-from pctt.backends.tenstorrent import Card, device_at_work
+from pctt.backends.tenstorrent import Card
 from pctt.groups import padded
 
 FORMATS = {

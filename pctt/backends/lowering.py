@@ -17,6 +17,7 @@ apart<node>.
     transpose   out = a'
     row_sums    out = sum of a over its rows
     fill        out = scale
+    all_reduce  out = the sum of a over the chips of a mesh (mesh.py)
 
 Three rewritings keep the count of programs down and the numbers exact. What is added to a state in one step
 is summed first, in fp32: a mixed addition would cut the fp32 state to TF32. A function applied to a result
@@ -144,8 +145,10 @@ KNOWN = DERIVATIVE_OF_VALUE.keys() | DERIVATIVE_OF_DRIVE.keys()
 
 def num_programs(instruction: Instruction) -> int:
     """TT-NN programs that a card operation is. Of two of them TT-NN allocates the result, which must then be
-    carried to its place.
+    carried to its place. A sum over chips is a copy, the exchange, a part for each chip, and their additions.
     """
+    if instruction.op == "all_reduce":
+        return 2 * dict(instruction.options)["chips"] + 1
     return 2 if instruction.op in ("transpose", "row_sums") else 1
 
 
@@ -216,6 +219,10 @@ class CardWriter:
         """A fp32 slot for a copy of `low`, where it lies."""
         raise NotImplementedError
 
+    def _own(self, slot: Slot) -> Slot:
+        """A slot of the program, as a slot on the card."""
+        raise NotImplementedError
+
     def _accumulate(self, out: Slot, a: Slot, b: Slot, scale: float, name: str | None) -> Slot:
         """out = a + scale * scalars[name] * b"""
         if name is not None:
@@ -243,6 +250,10 @@ class CardWriter:
         """What an instruction stands for that the card backends do not run."""
         known = any(hasattr(self, f"{prefix}_{i.op}") for prefix in ("", "_by"))
         return not_run(i) or (None if known else f"the operation {i.op!r}")
+
+    def _all_reduce(self, i: Instruction) -> None:
+        out, a = (self._own(slot) for slot in (i.out[0], i.inputs[0]))
+        self._emit("all_reduce", out, a, **dict(i.options))
 
     # --- learning rules: a method each, named after its operation -------------------------------------------
 

@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 
 from pctt._checks import require_one_of
+from pctt.backends.mesh import parse_device
 from pctt.backends.precision import PrecisionPolicy
 from pctt.groups import Layout
 from pctt.network import Network
@@ -156,7 +157,8 @@ def backend(
 ) -> Backend:
     """The backend called `name`, opened on `device`.
 
-    device: reference: a torch device; emulated: a chip such as "n150"; tenstorrent: the number of a card.
+    device: reference: a torch device; emulated: a chip such as "n150", or several, "n300:2"; tenstorrent: the
+        number of a card; emulated, tenstorrent: "mesh:2" for two chips that share out each batch (mesh.py).
     precision: formats on the card; the reference computes in `dtype`.
     fused: on a card, run each step in one program (docs/kernels.md).    cores_per_layer: its cores for each
         layer, None for as few as memory allows.
@@ -168,6 +170,10 @@ def backend(
         if name == "reference":
             raise ValueError(
                 "fused=True is a way of running on a card; use backend='tenstorrent' or 'emulated'."
+            )
+        if parse_device(device)[1] > 1:
+            raise ValueError(
+                f"fused=True runs on one chip, and device {device!r} is several; drop one of the two."
             )
         if name == "emulated":
             from pctt.backends.fused_emulated import FusedEmulation

@@ -12,72 +12,51 @@ outlives them. After the first run of a sequence no program may be compiled any 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pctt.backends.devices import (
+    device_at_work,
+    dispatches_fast,
+    is_mock,
+    load_ttnn,
+    open_device,
+    place_of,
+    release_trace,
+)
 from pctt.backends.graph_lowering import MAPS, MOVES, number_of
 from pctt.backends.lowering import TILE, CardBuffer, Chain, is_reordered, num_programs, scalar_value
-from pctt.backends.operations import BackendUnavailable, DeviceLost
+from pctt.backends.operations import one_after_the_other
 from pctt.backends.placed import Placed
 from pctt.backends.precision import PrecisionPolicy
 from pctt.placement.budget import spread_product
 from pctt.placement.chips import CHIPS, Chip
-from pctt.program import Instruction, Slot
+from pctt.program import BATCH, Instruction, Slot
 
 Call = Callable[[], object]
 
-TTNN_PYTHONS = ((3, 10), (3, 12))
-"""The Python versions that ttnn has wheels for."""
-
-TTNN_TESTED = "0.81.1"
-"""The version of ttnn that this backend is tested with."""
-
-_open: dict[int, Any] = {}  # devices of this process, kept open: opening one takes seconds
-
-
-@contextmanager
-def device_at_work() -> Generator[None]:
-    """Turns what ttnn raises into DeviceLost. Every call that a device at work must answer is in one."""
-    try:
-        yield
-    except DeviceLost:
-        raise
-    except RuntimeError as error:
-        raise DeviceLost(f"ttnn failed on the device: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The line of ttnn's message that says why; around it stand a source line and a stack of frames."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    after = lines.index("info:") + 1 if "info:" in lines else 0
-    return lines[after].rstrip(".") if after < len(lines) else type(error).__name__
-
 
 class Card(Placed):
-    """One open card. device: its number, default 0."""
+    """One open card, or a mesh. device: the card's number, default 0; or "mesh:2" for two chips."""
 
     name = "tenstorrent"
 
     def __init__(
         self, dtype: torch.dtype, device: str | int | None = None, policy: PrecisionPolicy | None = None
     ) -> None:
-        self.number = _number(device)
+        self.place = place_of(device)
         self.device = open_device(device)
         size = self.device.compute_with_storage_grid_size()
         arch = "blackhole" if "BLACKHOLE" in str(self.device.arch()) else "wormhole_b0"
-        super().__init__(dtype, _chip(arch, (size.x, size.y)), (size.x, size.y), policy)
-        self.ttnn = _ttnn()
+        grid = size.x, size.y
+        super().__init__(dtype, _chip(arch, grid), grid, policy, num_chips=self.place[1])
+        self.ttnn = load_ttnn()
 
     @device_at_work()
     def synchronise(self) -> None:
@@ -101,9 +80,11 @@ class Tenstorrent(Card):
         )
         self.aside: dict[Instruction, Any] = {}
         self.gathered: dict[tuple[Slot, int], Any] = {}
-        fast = os.environ.get("TT_METAL_SLOW_DISPATCH_MODE") is None
+        fast = dispatches_fast()
         self.traces = fast and not is_mock()
-        self.queues = fast  # two of them: open_device
+        self.queues = fast and self.num_chips == 1  # two of them: open_device
+        # Where the host alone dispatches, ttnn 0.81.1 starts a program on a mesh before the last has ended.
+        self.waits = self.num_chips > 1 and not fast
 
     def refuse_what_it_lacks(self) -> None:
         for i in (*self.program.training_step(), *self.program.sweep):
@@ -118,10 +99,10 @@ class Tenstorrent(Card):
 
     @device_at_work()
     def allocate(self, buffer: CardBuffer, batch_size: int) -> CardTensor:
-        rows, columns = (size * TILE for size in buffer.tiles(batch_size))
-        first = (
-            buffer.first or 0
-        )  # what lies on the cores before it costs nothing, and no view then reorders cores
+        share = self.share(batch_size)
+        rows, columns = (size * TILE for size in buffer.tiles(share))
+        # What lies on the cores before it costs nothing, and no view then reorders cores.
+        first = buffer.first or 0
         values = torch.zeros(1, first + buffer.count, 1 if buffer.rows == 1 else rows, columns)
         if buffer.scalar is not None:
             values = values[..., :1]
@@ -132,9 +113,20 @@ class Tenstorrent(Card):
             dtype=getattr(self.ttnn, buffer.format),
             layout=self.ttnn.TILE_LAYOUT,
             device=self.device,
-            memory_config=self._place(buffer, first + buffer.count, batch_size),
+            memory_config=self._place(buffer, first + buffer.count, share),
+            mesh_mapper=self._mapper(),
         )
+        if self.waits:
+            self.synchronise()
         return CardTensor(self, buffer, tensor)
+
+    def _mapper(self, rows: int | None = None) -> Any:
+        """Which chip gets what of a tensor from the host: all of it, or a share of the rows of a batch."""
+        if self.num_chips == 1:
+            return None
+        if rows == BATCH:
+            return self.ttnn.ShardTensorToMesh(self.device, dim=2)
+        return self.ttnn.ReplicateTensorToMesh(self.device)
 
     def _place(self, buffer: CardBuffer, num_cores: int, batch_size: int) -> Any:
         """One entry on each of the first cores of the grid, row by row, or the tiles over all cores."""
@@ -150,7 +142,10 @@ class Tenstorrent(Card):
     def put(self, tensor: CardTensor, buffer: CardBuffer, index: int, values: Tensor) -> None:
         values = values[:1] if buffer.rows == 1 else values
         host = self.ttnn.from_torch(
-            values[None, None], dtype=getattr(self.ttnn, buffer.format), layout=self.ttnn.TILE_LAYOUT
+            values[None, None],
+            dtype=getattr(self.ttnn, buffer.format),
+            layout=self.ttnn.TILE_LAYOUT,
+            mesh_mapper=self._mapper(buffer.rows),
         )
         self.ttnn.copy_host_to_device_tensor(host, tensor.view(index, index + 1))
 
@@ -182,7 +177,8 @@ class Tenstorrent(Card):
 
     @device_at_work()
     def get(self, tensor: CardTensor, start: int, stop: int) -> Tensor:
-        return self.ttnn.to_torch(tensor.view(start, stop))[0].float()
+        chips = self.ttnn.get_device_tensors(tensor.view(start, stop))
+        return torch.cat([self.ttnn.to_torch(own)[0].float() for own in chips], 1)
 
     # --- running --------------------------------------------------------------------------------------------
 
@@ -190,7 +186,9 @@ class Tenstorrent(Card):
         self, code: Iterable[Instruction], buffers: Mapping[str, Any], scalars: Mapping[str, float]
     ) -> Section:
         code = list(code)
-        calls = [self._bind_one(i, buffers) for i in code]
+        calls: list[Call] = [self._bind_one(i, buffers) for i in code]
+        if self.waits:
+            calls = [one_after_the_other([call, self.synchronise]) for call in calls]
         names = sorted({i.scalar for i in code if i.scalar is not None})
         numbers = [(self.buffer(name), buffers[name]) for name in names]
         return Section(calls, numbers, scalars)
@@ -203,6 +201,8 @@ class Tenstorrent(Card):
         out, *inputs = (buffers[slot.buffer].view(slot.start, slot.stop) for slot in (*i.out, *i.inputs))
         if i.op in MOVES:
             return partial(self._move, i, inputs[0], self._zeros(i), out)
+        if i.op == "all_reduce":
+            return partial(self._sum_over_chips, i, inputs[0], out)
         number = [] if i.scalar is None else [buffers[i.scalar].tensor]
         chains = {name: self._chain(chain) for name, chain in i.options}
         if i.op == "matmul":
@@ -262,7 +262,7 @@ class Tenstorrent(Card):
         form = getattr(self.ttnn, self.buffer(i.inputs[0].buffer).format)
 
         def zeros(columns: int) -> Any:
-            shape = (1, 1, self.planned_rows * outer, columns)
+            shape = (1, 1, self.share(self.planned_rows) * outer, columns)
             if not columns:
                 return None
             return self.ttnn.zeros(
@@ -277,7 +277,7 @@ class Tenstorrent(Card):
         """
         ttnn, options, l1 = self.ttnn, dict(i.options), self.ttnn.L1_MEMORY_CONFIG
         source, target = self.buffer(i.inputs[0].buffer), self.buffer(i.out[0].buffer)
-        rows, made = self.planned_rows, [a]
+        rows, made = self.share(self.planned_rows), [a]
 
         def reshaped(*shape: int) -> None:
             if tuple(made[-1].shape) != shape:
@@ -311,6 +311,28 @@ class Tenstorrent(Card):
             made.append(ttnn.pad(made[-1], [(0, 0)] * 3 + [(0, extra)], 0.0, memory_config=l1))
         self.aside[i] = made[1:]
         self._scaled(made[-1], 1.0, [], out)
+
+    def _sum_over_chips(self, i: Instruction, a: Any, out: Any) -> None:
+        """By an exchange that changes no bit, and additions. `ttnn.all_reduce` of 0.81.1 would cut fp32
+        numbers to 10 bits of mantissa, and of tensors on single cores it gives wrong ones without a word.
+
+        What is exchanged lies in DRAM, where there is room for the gradients of many chips.
+        """
+        ttnn, dram = self.ttnn, self.ttnn.DRAM_MEMORY_CONFIG
+        self.aside.pop(i, None)
+        spread = ttnn.multiply(a, 1.0, memory_config=dram)
+        gathered = ttnn.all_gather(spread, dim=0, memory_config=dram)
+        _, *shape = spread.shape
+        total, *rest = (
+            ttnn.slice(gathered, [chip, 0, 0, 0], [chip + 1, *shape], memory_config=dram)
+            for chip in range(self.num_chips)
+        )
+        made = [spread, gathered, total, *rest]  # kept, because a trace will write there again
+        for part in rest[:-1]:
+            total = ttnn.add(total, part, memory_config=dram)
+            made.append(total)
+        self.aside[i] = made
+        ttnn.add(total, rest[-1], output_tensor=out)
 
     def _gathering(self, slot: Slot) -> Any:
         """A spread tensor to gather entries in that TT-NN would misplace without a word, or None."""
@@ -490,86 +512,8 @@ class Sequence:
             self.trace = ttnn.begin_trace_capture(device, cq_id=0)
             self._run()
             ttnn.end_trace_capture(device, self.trace, cq_id=0)
-            weakref.finalize(self, _release_trace, self.backend.number, self.trace).atexit = False
+            weakref.finalize(self, release_trace, self.backend.place, self.trace).atexit = False
         ttnn.execute_trace(device, self.trace, cq_id=0, blocking=False)
-
-
-def _release_trace(number: int, trace: Any) -> None:
-    if number in _open:
-        _ttnn().release_trace(_open[number], trace)
-
-
-# --- devices ------------------------------------------------------------------------------------------------
-
-
-def mode() -> str:
-    """What ttnn opens here: simulator, mock or card, in its own order of preference, or nothing."""
-    if os.environ.get("TT_METAL_SIMULATOR"):
-        return "simulator"
-    if os.environ.get("TT_METAL_MOCK_CLUSTER_DESC_PATH"):
-        return "mock"
-    return "card" if cards() else "nothing"
-
-
-def cards() -> list[Path]:
-    """The Tenstorrent devices that the driver shows."""
-    return sorted(Path("/dev/tenstorrent").glob("*"))
-
-
-def is_mock() -> bool:
-    return mode() == "mock"
-
-
-def _ttnn() -> Any:
-    if importlib.util.find_spec("ttnn") is None:
-        fits = sys.version_info[:2] in TTNN_PYTHONS
-        where = "" if fits else " in an environment of Python 3.10 or 3.12, the ones ttnn has wheels for"
-        raise BackendUnavailable(
-            f'the tenstorrent backend needs ttnn: pip install "pctt[tt]"{where}; without a card, '
-            "backend='emulated' computes the same on the CPU."
-        )
-    os.environ.setdefault("TT_METAL_LOGGER_LEVEL", "FATAL")
-    os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # or its import prints its settings
-    import ttnn  # pyright: ignore[reportMissingImports]
-
-    return ttnn
-
-
-def open_device(device: str | int | None = None) -> Any:
-    """The device of that number, opened once per process. Raises BackendUnavailable where there is none."""
-    number = _number(device)
-    if number in _open:
-        return _open[number]
-    simulator = os.environ.get("TT_METAL_SIMULATOR")
-    if simulator and not Path(simulator).exists():
-        raise BackendUnavailable(
-            f"TT_METAL_SIMULATOR={simulator} does not exist; correct the path, or unset it to use a card."
-        )
-    mock = os.environ.get("TT_METAL_MOCK_CLUSTER_DESC_PATH")
-    if mock and not Path(mock).exists():
-        raise BackendUnavailable(
-            f"TT_METAL_MOCK_CLUSTER_DESC_PATH={mock} does not exist; correct the path, or unset it."
-        )
-    ttnn = _ttnn()
-    if mode() == "nothing":
-        raise BackendUnavailable(
-            "there is no Tenstorrent device (/dev/tenstorrent is empty); install the driver if there is a "
-            "card, set TT_METAL_SIMULATOR to simulate one, or use backend='emulated'."
-        )
-    fast = os.environ.get("TT_METAL_SLOW_DISPATCH_MODE") is None
-    options: dict[str, Any] = {}
-    if fast:
-        # Where Ethernet cores dispatch, as they do on an n300 by default, ttnn 0.81.1 reports a row of cores
-        # more than its elementwise operations accept.
-        workers = ttnn.DispatchCoreConfig(ttnn.DispatchCoreType.WORKER)
-        options = {"num_command_queues": 2, "dispatch_core_config": workers}
-    if fast and not mock:
-        options["trace_region_size"] = 32 << 20
-    try:
-        _open[number] = ttnn.open_device(device_id=number, **options)
-    except Exception as error:
-        raise BackendUnavailable(f"ttnn could not open device {number}: {_reason(error)}") from error
-    return _open[number]
 
 
 def _chip(arch: str, grid: tuple[int, int]) -> Chip:
@@ -577,19 +521,3 @@ def _chip(arch: str, grid: tuple[int, int]) -> Chip:
     chips = [chip for chip in CHIPS.values() if chip.arch == arch]
     alike = [c for c in chips if grid == c.grid or any(grid == variant.grid for variant in c.harvested)]
     return (alike or chips)[0]
-
-
-def close_devices() -> None:
-    """Closes every device that this process has opened."""
-    while _open:
-        _, device = _open.popitem()
-        _ttnn().close_device(device)
-
-
-def _number(device: str | int | None) -> int:
-    try:
-        return 0 if device is None else int(device)
-    except ValueError:
-        raise ValueError(
-            f"device of the tenstorrent backend must be a number such as 0, got {device!r}."
-        ) from None

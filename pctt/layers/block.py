@@ -15,14 +15,14 @@ the same maps spread over nodes give each of them activities and errors.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pctt.describe import MOST_ITEMS, Concise, listed
 from pctt.energies import Categorical, Energy, Gaussian
 from pctt.layers.dense import Dense
-from pctt.layers.maps import Add, Bias, Flatten, Function, Linear, Map, Scale, Shape, Use
+from pctt.layers.maps import Add, Bias, Flatten, Function, Linear, Map, NormaliseBatch, Scale, Shape, Use
 from pctt.learning.rules import STATE
 from pctt.program import Slot
 
@@ -145,6 +145,12 @@ def express(layer: Layer, sources: Sequence[str], shapes: Sequence[Shape]) -> Ex
     """A layer predicting from nodes of these names and shapes. Raises ValueError where they do not suit."""
     block = layer if isinstance(layer, Block) else block_of(layer, sources, shapes)
     return Expression(block.steps, tuple(shapes), block.energy)
+
+
+def ties_samples(rules: Iterable[object]) -> bool:
+    """Whether a prediction depends on other samples of the batch."""
+    parts = [part for rule in rules if isinstance(rule, Expression) for part in rule.parts]
+    return any(isinstance(part[0], NormaliseBatch) for part in parts)
 
 
 class Expression:

@@ -23,8 +23,7 @@ from torch import Tensor
 from pctt._checks import require_count
 from pctt.engine import Relaxation, Status
 from pctt.feed import Reader, batch_order
-from pctt.layers.block import Expression
-from pctt.layers.maps import NormaliseBatch
+from pctt.layers.block import ties_samples
 from pctt.network import Weights
 from pctt.parallel.group import Group
 from pctt.run import Callback, FitResult, Trainer
@@ -210,7 +209,6 @@ class DataParallel:
 def _refuse(trainer: Trainer) -> None:
     inference, net = trainer.inference, trainer.net
     rules = [rule for part in net.chains for rule in part.rules]
-    maps = [part[0] for rule in rules if isinstance(rule, Expression) for part in rule.parts]
     reasons = {
         "algorithm='backprop'": trainer.algorithm == "backprop" and "only predictive coding is shared out",
         "weights_at='every_step'": inference.weights_at == "every_step"
@@ -221,8 +219,7 @@ def _refuse(trainer: Trainer) -> None:
         and "each rank would draw other noise than one process; use one process",
         "a learned variance": any(rule.learns_variance for rule in rules)
         and "its target is no gradient, and Engine.gradients does not tell it; give a precision",
-        "NormaliseBatch": any(isinstance(map_, NormaliseBatch) for map_ in maps)
-        and "it ties the samples of a batch together; use Normalise",
+        "NormaliseBatch": ties_samples(rules) and "it ties the samples of a batch together; use Normalise",
         f"backend={trainer.engine.backend.name!r}": trainer.engine.backend.name != "reference"
         and "it was not tried with shared batches; use backend='reference'",
     }

@@ -20,6 +20,14 @@ from pctt.program import Instruction, Program, Slot
 
 TILE_BYTES = TILE * TILE * 4
 
+EXCHANGE_BYTES = 13 * TILE_BYTES
+"""Of the circular buffers of an exchange between chips: the least that ttnn 0.81.1 runs with, 10 tiles on
+Wormhole and 13 on Blackhole (mock device, 2026-11-30)."""
+
+SEMAPHORE_BYTES = 1024
+"""Room for the semaphores that chips signal each other by, which stay: 384 on Wormhole, 768 on Blackhole (the
+same)."""
+
 KINDS = {
     "weights": ("weight", "bias", "operand", "transposed", "precision"),
     "learning state": tuple(f"_{name}" for name in STATE),
@@ -49,7 +57,8 @@ class Budget:
     """L1 of each core, in bytes.
 
     entries: the tensors that stay.    circular_buffers: of the operation that needs most.
-    reserved: room for the data of the next batch, which may arrive beside those in use.
+    reserved: room for the data of the next batch, which may arrive beside those in use, and on a mesh for the
+        semaphores of its chips.
     """
 
     entries: tuple[Entry, ...]
@@ -101,7 +110,9 @@ def budget(program: Program, chip: Chip, grid: Grid, rows: int) -> Budget:
             tensors.append(replace(source, name=name, first=None, count=count))
     entries = tuple(Entry(buffer, buffer.bytes_per_core(rows, num_cores)) for buffer in tensors)
     largest = max((circular_buffers(i, program, num_cores, rows) for i in code), default=0)
-    return Budget(entries, largest, chip.l1_bytes, _arriving(program, num_cores, rows))
+    reserved = _arriving(program, num_cores, rows)
+    reserved += SEMAPHORE_BYTES if any(i.op == "all_reduce" for i in code) else 0
+    return Budget(entries, largest, chip.l1_bytes, reserved)
 
 
 def _made_by_moves(number: int, i: Instruction, program: Program) -> list[CardBuffer]:
@@ -189,6 +200,8 @@ def circular_buffers(instruction: Instruction, program: Program, num_cores: int,
         total += 2 * (tile[row.name] if row else number)
         chains = dict(i.options)
         total += 2 * TILE_BYTES * len({"a_chain", "b_chain"} & chains.keys())
+    elif i.op == "all_reduce":  # in turn a copy, the exchange, its parts and their additions
+        total = EXCHANGE_BYTES
     elif i.op == "row_sums":  # the ones that a reduction multiplies by
         total += TILE_BYTES
     elif i.op in ("unary", "fill"):  # a factor, and what the functions leave

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pctt.backends import BackendUnavailable
-from pctt.backends.tenstorrent import is_mock
+from pctt.backends.devices import is_mock
 from pctt.config import RunConfig
 from pctt.engine import Engine
 from pctt.folders import new_folder, whole_folder

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from pctt._checks import require_count
+from pctt.backends.devices import mode
 from pctt.backends.fused_plan import FusedPlan
 from pctt.backends.lowering import TILE, CardBuffer
 from pctt.backends.operations import one_after_the_other
 from pctt.backends.placed import Placed
 from pctt.backends.reference import Reference
-from pctt.backends.tenstorrent import mode
 from pctt.engine import Engine
 from pctt.placement.budget import budget
 from pctt.placement.chips import Fidelity
@@ -319,7 +319,7 @@ def _flops(engine: Engine, i: Instruction, batch_size: int) -> int:
         return engine.program._flops(i, batch_size)
     out, a = buffers[i.out[0].buffer], buffers[i.inputs[0].buffer]
     assert isinstance(out, CardBuffer) and isinstance(a, CardBuffer)
-    rows = backend.rows(batch_size)
+    rows = backend.share(backend.rows(batch_size))  # of each chip
     (height, width), depth = out.tiles(rows), a.tiles(rows)[1]
     return 2 * TILE**3 * (i.out[0].stop - i.out[0].start) * height * width * depth
 
@@ -329,7 +329,7 @@ def _planner(engine: Engine, batch_size: int) -> CostModel | None:
     backend = engine.backend
     if not isinstance(backend, Placed) or engine.net.wiring is not None:
         return None
-    rows, grid = backend.rows(batch_size), backend.grid
+    rows, grid = backend.share(backend.rows(batch_size)), backend.grid
     found = budget(engine.program, backend.chip, grid, rows)
     fidelity = cast(Fidelity, backend.fidelity)
     return CostModel(engine.program, found, backend.chip, grid[0] * grid[1], rows, fidelity)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pctt.backends.tenstorrent import close_devices, mode, open_device
+from pctt.backends.devices import close_devices, mode, open_device
 
 HERE = Path(__file__).parent
 

@@ -10,10 +10,10 @@ PRELUDE = """
 import sys
 import torch
 import pctt
-from pctt.backends import tenstorrent
+from pctt.backends import devices
 from pctt.placement.budget import TILE_BYTES, budget, circular_buffers
 
-device = tenstorrent.open_device()
+device = devices.open_device()
 import ttnn
 
 widths, rows = WIDTHS, ROWS
@@ -94,7 +94,7 @@ assert tried == {"exact", "exact elementwise"}, tried
 
 def run_on(mock_cards: Any, chip: str, widths: tuple[int, ...], rows: int, script: str) -> None:
     prelude = PRELUDE.replace("WIDTHS", repr(widths)).replace("ROWS", repr(rows))
-    whole = f"{prelude}{script}\nprint('done')\ntenstorrent.close_devices()"
+    whole = f"{prelude}{script}\nprint('done')\ndevices.close_devices()"
     assert "done" in mock_cards.run(chip, "-c", whole).splitlines()
 
 

@@ -27,7 +27,7 @@ from dataclasses import replace
 import ttnn
 
 from pctt.backends.fused_plan import CIRCULAR_BUFFER_BYTES
-from pctt.backends.tenstorrent import close_devices, open_device
+from pctt.backends.devices import close_devices, open_device
 from tests.device.test_fused import backend_of, batch, engine_of, train_batch
 from tests.mock.test_fused_mock import BROAD, NETWORKS
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 TRAIN = """
-from pctt.backends.tenstorrent import close_devices, open_device
+from pctt.backends.devices import close_devices, open_device
 from tests.device.test_graph import NETWORKS
 from tests.mock.test_matrix import Case, run_case
 
@@ -24,7 +24,7 @@ close_devices()
 
 REFUSED = """
 import pctt
-from pctt.backends.tenstorrent import close_devices
+from pctt.backends.devices import close_devices
 
 net = pctt.chain((1, 4, 4), [pctt.Block([pctt.Conv2d(2, 3), "tanh"], name="seen"), pctt.Dense(2)])
 try:

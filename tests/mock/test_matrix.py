@@ -259,7 +259,7 @@ def largest_circular(graph: list[dict[str, Any]]) -> int:
 
 
 def main() -> None:
-    from pctt.backends.tenstorrent import close_devices, open_device
+    from pctt.backends.devices import close_devices, open_device
 
     torch.set_num_threads(1)
     device = open_device()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pctt import doctor
-from pctt.backends import tenstorrent
+from pctt.backends import devices
 
 VARIABLES = (
     "TT_METAL_SIMULATOR",
@@ -60,7 +60,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """No ttnn, no device, nothing set, whatever this machine has."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tenstorrent, "cards", list)
+    monkeypatch.setattr(devices, "cards", list)
     find = doctor.importlib.util.find_spec
     monkeypatch.setattr(
         doctor.importlib.util, "find_spec", lambda name: None if name == "ttnn" else find(name)
@@ -89,10 +89,8 @@ def ttnn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cards, for this process and for the one that opens a device."""
-    monkeypatch.setattr(
-        tenstorrent, "cards", lambda: [Path("/dev/tenstorrent/0"), Path("/dev/tenstorrent/1")]
-    )
-    plug_in = "from pctt.backends import tenstorrent\ntenstorrent.cards = lambda: ['a card']\ntry:"
+    monkeypatch.setattr(devices, "cards", lambda: [Path("/dev/tenstorrent/0"), Path("/dev/tenstorrent/1")])
+    plug_in = "from pctt.backends import devices\ndevices.cards = lambda: ['a card']\ntry:"
     monkeypatch.setattr(doctor, "OPEN", doctor.OPEN.replace("try:", plug_in, 1))
 
 

@@ -260,7 +260,8 @@ def test_learning_leaves_padding_empty(activation: str, rule: SGD | AdamW, place
     for index, widths in enumerate(itertools.pairwise(net.widths), start=1):
         for role, rows in (("weight", widths[0]), ("bias", 1)):
             slot, buffer = engine.layout.layer(role, index)
-            values = engine._persistent[buffer.name][slot.start].clone()
+            (values,) = engine._persistent[buffer.name]
+            values = values[slot.start].clone()
             assert values[:rows, : widths[1]].any()
             values[:rows, : widths[1]] = 0.0
             assert not values.any(), f"{role} of layer {index}"

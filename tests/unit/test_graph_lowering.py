@@ -275,7 +275,7 @@ def leaks(engine: Engine, batch: int) -> list[str]:
     """Tensors of the program with something other than 0 beside their samples and units."""
     assert engine._batch is not None
     found: list[str] = []
-    for name, values in engine._batch.buffers.items():
+    for name, (values,) in engine._batch.buffers.items():
         buffer = card_buffer(engine.program, name)
         if buffer.content == "ones" or buffer.scalar is not None or " " in buffer.role:
             continue  # what lies between two operations need not be empty: a sum before its mask, a slope
@@ -330,7 +330,7 @@ def test_padding_that_counts_would_show(monkeypatch: pytest.MonkeyPatch) -> None
 
     def begin(self: Emulated, buffers: Mapping[str, Any], batch_size: int) -> None:
         honest(self, buffers, batch_size)
-        for name, values in buffers.items():
+        for name, (values,) in buffers.items():
             if self.buffer(name).content == "mask":
                 values.fill_(1.0)
 

@@ -204,6 +204,7 @@ def test_what_ttnn_raises_at_work_is_a_lost_device_and_a_fault_of_pctt_is_not(ra
     backend = object.__new__(tenstorrent.Tenstorrent)
     backend.ttnn = Broken()
     backend.device, backend.traces, backend.queues = Broken(), False, True
+    backend.num_chips, backend.waits = 1, False
     backend._place = lambda *arguments: None
     section = tenstorrent.Section([fail], [], {})
     tensor = CardTensor(backend, CardBuffer("weight@layers0", 1, 32, 32), None)
