@@ -163,7 +163,7 @@ def _interpreters(peer: tuple[str, ...], alone: bool) -> dict[str, str]:
                 f"--peer takes NAME=PYTHON, NAME one of {', '.join(PEERS)} and PYTHON an interpreter that "
                 f"has it, got {text!r}."
             )
-        found[name] = path
+        found[name] = os.path.expanduser(path)  # a shell leaves the ~ of NAME=~/...
     return found
 
 

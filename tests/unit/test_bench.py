@@ -577,6 +577,22 @@ def test_a_peer_that_was_found_and_not_asked_for_may_fail(
     assert [len(each) for each in failed] == [1, 1, 0] and failed[1][0]["asked"]
 
 
+def test_a_home_folder_is_found_behind_the_name_of_a_peer(
+    stubbed: Path, scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(stubbed))
+    seen = list[str]()
+    begin = scripted.__init__
+
+    def init(self: Scripted, contender: Contender, threads: int, limit: float) -> None:
+        seen.append(contender.interpreter)
+        begin(self, contender, threads, limit)
+
+    monkeypatch.setattr(scripted, "__init__", init)
+    assert command(smoke=True, peer=("fabricpc=~/python",)) == OK
+    assert seen[-1] == str(stubbed / "python") and set(seen[:-1]) == {sys.executable}
+
+
 def test_where_torch_sees_a_gpu_there_is_a_section_for_it_without_peers(
     stubbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
