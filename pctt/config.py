@@ -133,9 +133,10 @@ class TrainingConfig(Concise):
 
 def _check_device(backend: str, device: str) -> None:
     if backend == "emulated":
-        name, _ = parse_device(device)
-        if name is not None:
+        name = device.partition(":")[0]
+        if name != "mesh" or name == device:
             require_one_of("device of the emulated backend", name, tuple(CHIPS))
+        parse_device(device)
     if backend == "tenstorrent":
         place_of(device)
 

@@ -24,9 +24,9 @@ EXCHANGE_BYTES = 13 * TILE_BYTES
 """Of the circular buffers of an exchange between chips: the least that ttnn 0.81.1 runs with, 10 tiles on
 Wormhole and 13 on Blackhole (mock device, 2026-11-30)."""
 
-SEMAPHORE_BYTES = 1024
-"""Room for the semaphores that chips signal each other by, which stay: 384 on Wormhole, 768 on Blackhole (the
-same)."""
+SEMAPHORE_BYTES = 128
+"""Of the semaphores by which chips signal each other, which stay, for each exchange: 64 on Wormhole, 128 on
+Blackhole (the same)."""
 
 KINDS = {
     "weights": ("weight", "bias", "operand", "transposed", "precision"),
@@ -111,7 +111,7 @@ def budget(program: Program, chip: Chip, grid: Grid, rows: int) -> Budget:
     entries = tuple(Entry(buffer, buffer.bytes_per_core(rows, num_cores)) for buffer in tensors)
     largest = max((circular_buffers(i, program, num_cores, rows) for i in code), default=0)
     reserved = _arriving(program, num_cores, rows)
-    reserved += SEMAPHORE_BYTES if any(i.op == "all_reduce" for i in code) else 0
+    reserved += SEMAPHORE_BYTES * sum(i.op == "all_reduce" for i in code)
     return Budget(entries, largest, chip.l1_bytes, reserved)
 
 

@@ -57,6 +57,11 @@ for name, net in nets.items():
         planned = budget(engine.program, backend.chip, backend.grid, backend.share(backend.planned_rows))
         used = l1() - empty
         assert planned.tensors <= used <= planned.tensors + planned.reserved, (used, planned)
+        extra = used - planned.tensors  # semaphores, which stay for all that exchanges as much
+        exchanges = sum(i.op == "all_reduce" for i in dict.fromkeys(engine.program.training_step()))
+        each = 128 if "BLACKHOLE" in str(device.arch()) else 64
+        assert extra <= each * exchanges and extra % each == 0, (extra, exchanges)
+        assert bool(extra) == (weights_at == "end"), extra
         print("ran", name, weights_at, used - planned.tensors)
         del engine, backend
         gc.collect()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pctt import DeviceLost, Engine, cli, record
-from pctt.backends import tenstorrent
+from pctt.backends import devices
 from pctt.run import Trainer
 
 NO_CHIP = """
@@ -229,12 +229,12 @@ def test_a_card_that_cannot_be_used_exits_1_with_one_sentence(
         monkeypatch.delenv(name, raising=False)
     if variable is not None:
         monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(tenstorrent, "cards", list)
-    monkeypatch.setattr(tenstorrent, "_open", {})
-    find = tenstorrent.importlib.util.find_spec
+    monkeypatch.setattr(devices, "cards", list)
+    monkeypatch.setattr(devices, "_open", {})
+    find = devices.importlib.util.find_spec
     if ttnn is None:
         monkeypatch.setattr(
-            tenstorrent.importlib.util, "find_spec", lambda name: None if name == "ttnn" else find(name)
+            devices.importlib.util, "find_spec", lambda name: None if name == "ttnn" else find(name)
         )
     else:
         (tmp_path / "ttnn.py").write_text(ttnn)

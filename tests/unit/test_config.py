@@ -296,7 +296,7 @@ CARD = {"layers": [LAYER], "training": {"backend": "emulated"}}
         ),
         (
             {"layers": [LAYER], "training": {"backend": "tenstorrent", "device": "n150"}},
-            "^training: device of the tenstorrent backend must be a number such as 0, got 'n150'",
+            "^training: device of the tenstorrent backend must be a number such as 0, or mesh:2 for two",
         ),
         ({"layers": [LAYER], "precision": {}}, "precision has no effect on the reference backend"),
         ({**CARD, "precision": 3}, "^precision must be a table, got 3"),
