@@ -492,9 +492,9 @@ FAULTS = (
     Fault(
         "every-epoch-in-the-same-order",
         "resume",
-        "pctt/run.py",
-        "manual_seed(_seed(seed, epoch))",
-        "manual_seed(_seed(seed, 0))",
+        "pctt/feed.py",
+        "manual_seed(derived_seed(seed, epoch))",
+        "manual_seed(derived_seed(seed, 0))",
     ),
     Fault(
         "checkpoint-written-in-place",

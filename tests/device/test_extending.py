@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pctt.backends.tenstorrent import mode
+from pctt.backends.devices import mode
 from tests.docs.test_extending import PAGES, commands, copy_tree, put_in_place, run
 
 WANTED = {page.stem: page for page in PAGES if commands(page, "run with ttnn")}
