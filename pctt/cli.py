@@ -11,7 +11,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         "doctor": doctor,
     }
     try:
+        _refuse_repeated(sys.argv[1:] if arguments is None else arguments)
         return tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="pctt",
@@ -104,6 +106,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         say_error(str(error))
         return FAILED
+
+
+def _refuse_repeated(arguments: Sequence[str]) -> None:
+    """Of an option that stands there twice only the last would count."""
+    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    for option, count in Counter(options).items():
+        if count > 1:
+            raise UsageError(
+                f"{option} stands there {count} times; give it once, with all its values behind it."
+            )
 
 
 def train(

@@ -614,3 +614,12 @@ def test_a_run_without_classes_has_no_accuracy_and_says_so(tmp_path, capsys):
     assert "without their classes" in capsys.readouterr().err
     assert run("generate", tmp_path / "run", "--count", 2, "--steps", 20) == cli.OK
     assert run("generate", tmp_path / "run", "--classes", 1) == cli.USAGE
+
+
+def test_an_option_given_twice_is_refused_and_not_half_forgotten(capsys):
+    """Of two --set the parser would take the last alone, and train with the other setting's default."""
+    twice = ["--set", "inference.rate=0.05", "--set", "inference.num_steps=3"]
+    assert cli.main(["train", "digits", *twice]) == cli.USAGE
+    assert (
+        "--set stands there 2 times; give it once, with all its values behind it." in capsys.readouterr().err
+    )

@@ -405,8 +405,8 @@ def test_a_clock_that_jumps_changes_nothing(tiny, tmp_path, monkeypatch):
 
 
 def test_nothing_in_pctt_asks_for_the_time_of_day():
-    """Durations are of `perf_counter` and `monotonic`; a file's date decides nothing either. A benchmark alone
-    says on which day it was run.
+    """Durations are of `perf_counter` and `monotonic`; a file's date decides nothing either. A
+    benchmark alone says on which day it was run.
     """
     asked = {("time", "time"), ("time", "time_ns"), ("time", "localtime"), ("time", "gmtime")}
     for path in sorted({*(ROOT / "pctt").rglob("*.py")} - {ROOT / "pctt" / "bench" / "command.py"}):
