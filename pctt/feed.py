@@ -43,6 +43,7 @@ class Batch:
         return len(next(iter(self.nodes.values())))
 
     def rows(self, which: Tensor) -> Batch:
+        """Some of the samples. which: int64 [B], their numbers."""
         labels = None if self.labels is None else self.labels[which]
         return Batch({name: values[which] for name, values in self.nodes.items()}, labels)
 
@@ -62,23 +63,30 @@ class Feed(Protocol):
 
 
 class InMemory:
-    """order: of the samples, by number of the epoch."""
+    """A feed of checked tensors.
+
+    samples: all of them.    batch_size: of all batches but the last.
+    order: of the samples, by number of the epoch.
+    """
 
     def __init__(self, samples: Batch, batch_size: int, order: Callable[[int], Tensor]) -> None:
         self.num_batches = math.ceil(len(samples) / batch_size)
         self._samples, self._batch_size, self._order = samples, batch_size, order
 
     def epoch(self, number: int, first: int) -> Iterator[Batch]:
+        """Batches of an epoch, as `Feed.epoch`."""
         for rows in self._order(number).split(self._batch_size)[first:]:
             yield self._samples.rows(rows)
 
     def once(self) -> Iterator[Batch]:
+        """Every sample once, as `Feed.once`."""
         yield self._samples
 
 
 class FromDataset:
     """A torch data set of samples (input, label or target) or {node: values}, read when a batch is due.
 
+    dataset: with a length.    read: checks a batch.    batch_size: of all batches but the last.
     order: of the samples, by number of the epoch.
     """
 
@@ -89,11 +97,13 @@ class FromDataset:
         self._dataset, self._read, self._batch_size, self._order = dataset, read, batch_size, order
 
     def epoch(self, number: int, first: int) -> Iterator[Batch]:
+        """Batches of an epoch, as `Feed.epoch`."""
         parts = self._order(number).split(self._batch_size)
         for batch, rows in enumerate(parts[first:], first + 1):
             yield _named(f"batch {batch}", self._read, self._collated(rows))
 
     def once(self) -> Iterator[Batch]:
+        """Every sample once, as `Feed.once`."""
         for batch, rows in enumerate(torch.arange(len(self._dataset)).split(self._batch_size), 1):
             yield _named(f"batch {batch}", self._read, self._collated(rows))
 
@@ -108,6 +118,8 @@ class FromLoader:
     A loader shuffles, and data sets augment, by torch's global generator. Here each epoch has a generator
     state of its own, made from `seed` and its number, and the caller's is left alone. Of a loader that was
     given a generator the order is that generator's.
+
+    loader: as said.    read: checks a batch.    seed: of the order, with the number of the epoch.
     """
 
     def __init__(self, loader: Any, read: Callable[[Any], Batch], seed: int) -> None:
@@ -115,11 +127,14 @@ class FromLoader:
         self._loader, self._read, self._seed = loader, read, seed
 
     def epoch(self, number: int, first: int) -> Iterator[Batch]:
+        """Batches of an epoch, as `Feed.epoch`; those before `first` are drawn and dropped. Raises ValueError
+        where their number is not the length.
+        """
         count = 0
         for count, batch in enumerate(_seeded(self._loader, derived_seed(self._seed, number)), 1):
             if count > self.num_batches:
                 break
-            if count > first:  # those before are drawn all the same: the generator must go past them
+            if count > first:  # the generator must go past those before
                 yield _named(f"batch {count}", self._read, batch)
         if count != self.num_batches:
             raise ValueError(
@@ -128,6 +143,7 @@ class FromLoader:
             )
 
     def once(self) -> Iterator[Batch]:
+        """Every sample once, as `Feed.once`."""
         return self.epoch(0, 0)
 
 
@@ -295,4 +311,5 @@ def batch_order(seed: int, epoch: int, num_samples: int) -> Tensor:
 
 
 def derived_seed(*numbers: int) -> int:
+    """A seed that depends on all the numbers, and on nothing else; 0 to 2^63 - 1."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -23,7 +23,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "docs" / "_site"
 PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 MODULES = (
-    *("data", "theory", "backprop", "placement", "placement.plan", "placement.chips", "placement.draw"),
+    *(
+        "data",
+        "feed",
+        "theory",
+        "backprop",
+        "placement",
+        "placement.plan",
+        "placement.chips",
+        "placement.draw",
+    ),
     *("placement.cost", "placement.fused_cost", "placement.fused_report", "parallel", "profile", "dashboard"),
     *("record", "checkpoint", "plots", "config", "presets", "variants", "backends", "backends.precision"),
 )
@@ -34,11 +43,10 @@ def public(name: str) -> Iterator[tuple[str, Any]]:
     """Classes and functions that a module exports: those in `__all__`, else those it defines."""
     module = importlib.import_module(name)
     exported = getattr(module, "__all__", None)
-    for key, thing in vars(module).items():
+    for key in list(vars(module)) if exported is None else exported:  # `pctt` loads its names when asked
+        thing = getattr(module, key)
         own = not key.startswith("_") and getattr(thing, "__module__", "") == name
-        if (own if exported is None else key in exported) and (
-            inspect.isclass(thing) or inspect.isfunction(thing)
-        ):
+        if (own or exported is not None) and (inspect.isclass(thing) or inspect.isfunction(thing)):
             yield key, thing
 
 
