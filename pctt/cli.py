@@ -861,7 +861,3 @@ def _stop_on_signals(trainer: Trainer) -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

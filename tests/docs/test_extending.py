@@ -91,7 +91,7 @@ def put_in_place(page: Path, tree: Path) -> None:
 
 def run(command: str, tree: Path) -> None:
     words = shlex.split(command, comments=True)
-    program = {"python": [sys.executable], "pctt": [sys.executable, "-m", "pctt.cli"]}
+    program = {"python": [sys.executable], "pctt": [sys.executable, "-m", "pctt"]}
     environment = {
         **os.environ,
         "PYTHONPATH": str(tree),

@@ -116,7 +116,7 @@ def test_a_killed_run_resumes_as_if_never_stopped(tiny, tmp_path, number):
     command = [
         sys.executable,
         "-m",
-        "pctt.cli",
+        "pctt",
         "train",
         str(tiny),
         "--epochs",
@@ -623,3 +623,23 @@ def test_an_option_given_twice_is_refused_and_not_half_forgotten(capsys):
     assert (
         "--set stands there 2 times; give it once, with all its values behind it." in capsys.readouterr().err
     )
+
+
+FRONT = """
+import os, sys
+import pctt.__main__ as front
+assert "torch" not in sys.modules  # it reads the setting when it is loaded
+sys.argv = ["pctt", "--help"]
+try:
+    front.main()
+except SystemExit:
+    print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given, expected):
+    """Else a batch on a machine with other work takes 20 to 50 times as long."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", FRONT], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == f"{expected} True", done.stderr
