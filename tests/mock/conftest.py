@@ -4,7 +4,6 @@ own, because ttnn reads its settings at import.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from on_device import without_ttnn
 
 from tools import mock_sfpi
 
@@ -21,12 +21,11 @@ TIMEOUT_S = 1200  # networks of many kinds take about a minute a card on an idle
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    reason = f"ttnn is not installed in this Python {version}; it has wheels for 3.10 and 3.12"
+    missing = without_ttnn()
     for item in items:
         if HERE in item.path.parents:  # the hook is handed every test of the run
             item.add_marker(pytest.mark.mock)
-            item.add_marker(pytest.mark.skipif(importlib.util.find_spec("ttnn") is None, reason=reason))
+            item.add_marker(pytest.mark.skipif(missing is not None, reason=str(missing)))
 
 
 @dataclass(frozen=True)
