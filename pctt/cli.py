@@ -31,6 +31,7 @@ from pctt.data import Dataset, Split, split_validation
 from pctt.describe import where
 from pctt.doctor import examine
 from pctt.engine import Status
+from pctt.folders import free_folder
 from pctt.inference import Inference
 from pctt.initialisers import init
 from pctt.network import Network
@@ -722,10 +723,7 @@ def _run_folder(out: Path | None, name: str, resume: bool) -> Path:
     if out is None:
         if resume:
             raise UsageError("--resume goes on with the run in --out; name that folder.")
-        number = 1
-        while (Path("runs") / f"{name}-{number}").exists():
-            number += 1
-        return Path("runs") / f"{name}-{number}"
+        return free_folder(name)
     if not resume:
         _refuse_used(out)
     return out

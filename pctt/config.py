@@ -133,7 +133,7 @@ class TrainingConfig(Concise):
 
 def _check_device(backend: str, device: str) -> None:
     if backend == "emulated":
-        name = device.partition(":")[0]
+        name = device.partition(":")[0]  # judged before the number, as cuda:0 has none of chips
         if name != "mesh" or name == device:
             require_one_of("device of the emulated backend", name, tuple(CHIPS))
         parse_device(device)

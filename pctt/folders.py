@@ -11,15 +11,18 @@ from pathlib import Path
 from pctt.typed import UsageError
 
 
+def free_folder(name: str) -> Path:
+    """The first of runs/NAME-1, -2, ... that is not there."""
+    number = 1
+    while (Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return Path("runs") / f"{name}-{number}"
+
+
 def new_folder(out: Path | None, name: str) -> Path:
-    """`out`, or the first of runs/NAME-1, -2, ... that is free. Raises UsageError if `out` holds
-    something.
-    """
+    """`out`, or one that is free. Raises UsageError if `out` holds something."""
     if out is None:
-        number = 1
-        while (Path("runs") / f"{name}-{number}").exists():
-            number += 1
-        return Path("runs") / f"{name}-{number}"
+        return free_folder(name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already; choose another --out.")
     return out

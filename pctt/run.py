@@ -531,15 +531,16 @@ class Trainer:
         """A copy of the weights, {"layer.key": tensor}, flat as torch's modules have theirs. Progress and the
         learning rule's moments are not in it; `save` writes those too.
         """
-        weights = self.weights
-        return {name: weights[layer][key] for name, (layer, key) in self._weight_names().items()}
+        trees = self.weights.items()
+        return {f"{layer}.{key}": values for layer, tree in trees for key, values in tree.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the weights by what `state_dict` gave, of a network of the same layers and shapes.
 
         Raises ValueError for names that are missing or too many, shapes that do not fit, NaN.
         """
-        names = self._weight_names()
+        trees = self.net.weight_shapes().items()
+        names = {f"{layer}.{key}": (layer, key) for layer, tree in trees for key in tree}
         for what, odd in (("lacks", names.keys() - state.keys()), ("has", state.keys() - names.keys())):
             if odd:
                 expected = "which this network has" if what == "lacks" else "which this network does not have"
@@ -552,9 +553,6 @@ class Trainer:
         if broken is not None:
             raise ValueError(f"the weights of layer {broken!r} are NaN or infinite; give another state.")
         self.engine.load_weights(weights)
-
-    def _weight_names(self) -> dict[str, tuple[str, str]]:
-        return {f"{layer}.{key}": (layer, key) for layer, tree in self.weights.items() for key in tree}
 
     def save(self, folder: str | Path) -> Path:
         """Writes weights, learning state and progress to `folder`; the file there before survives any

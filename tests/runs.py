@@ -9,7 +9,10 @@ from torch import Tensor
 import pctt
 from pctt import checkpoint, cli, record, run
 
-TINY = """
+
+def tiny_toml(num_steps: int, batch_size: int) -> str:
+    """The configuration of a run of two epochs that takes a moment."""
+    return f"""
 [[layers]]
 units = 16
 activation = "tanh"
@@ -18,7 +21,7 @@ activation = "tanh"
 units = 10
 
 [inference]
-num_steps = 3
+num_steps = {num_steps}
 
 [learning]
 kind = "adam"
@@ -26,9 +29,11 @@ rate = 0.003
 
 [training]
 epochs = 2
-batch_size = 256
-checkpoint_every = 2
+batch_size = {batch_size}
 """
+
+
+TINY = f"{tiny_toml(num_steps=3, batch_size=256)}checkpoint_every = 2\n"
 
 
 def train(*arguments: object) -> int:

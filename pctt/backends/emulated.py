@@ -126,9 +126,9 @@ class Emulated(Placed):
     def _sum_over_chips(self, i: Instruction, on_chips: list[dict[str, Tensor]]) -> None:
         (out,), (source,) = i.out, i.inputs
         form = self.buffer(out.buffer).format
+        exact = form == "float32"
         total, *rest = (own[source.buffer][source.start : source.stop] for own in on_chips)
         for part in rest:
-            exact = form == "float32"
             total = total + part if exact else rounded_away(matrix_sum(total, part), BFLOAT16_BITS)
         for own in on_chips:
             _store(own[out.buffer][out.start : out.stop], form, total)

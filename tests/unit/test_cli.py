@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import records, tiny_toml
 
 from pctt import DeviceLost, Engine, cli, record
 from pctt.backends import devices
@@ -25,25 +26,8 @@ def open_device(**settings):
     raise RuntimeError("No chip")
 """  # a stand-in for ttnn
 
-TINY = """
-[[layers]]
-units = 16
-activation = "tanh"
 
-[[layers]]
-units = 10
-
-[inference]
-num_steps = 5
-
-[learning]
-kind = "adam"
-rate = 0.003
-
-[training]
-epochs = 2
-batch_size = 64
-"""
+TINY = tiny_toml(num_steps=5, batch_size=64)
 
 
 @pytest.fixture
@@ -55,11 +39,6 @@ def tiny(tmp_path) -> Path:
 
 def run(*arguments: object) -> int:
     return cli.main([str(argument) for argument in arguments])
-
-
-def records(folder: Path) -> list[dict]:
-    """The records of a run, without the wall clock."""
-    return [{**entry, "seconds": 0} for entry in record.read(folder / record.FILE_NAME)]
 
 
 def test_train_leaves_config_metrics_checkpoint_and_picture(tiny, tmp_path, capsys):
