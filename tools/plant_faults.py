@@ -70,6 +70,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "any graph": ("tests/property/test_graphs.py",),
     "fused": ("tests/unit/test_fused.py",),
     "waits": ("tests/unit/test_fused_schedule.py",),
+    "feed": ("tests/unit/test_feed.py",),
     "shown": ("tests/unit/test_describe.py",),
     "bench": ("tests/unit/test_bench.py",),
 }
@@ -495,6 +496,20 @@ FAULTS = (
         "pctt/feed.py",
         "manual_seed(derived_seed(seed, epoch))",
         "manual_seed(derived_seed(seed, 0))",
+    ),
+    Fault(
+        "loader-in-the-same-order-every-epoch",
+        "feed",
+        "pctt/feed.py",
+        "derived_seed(self._seed, number)",
+        "derived_seed(self._seed, 0)",
+    ),
+    Fault(
+        "loader-begins-anew-after-a-resume",
+        "feed",
+        "pctt/feed.py",
+        "if count > first:",
+        "if count > 0:",
     ),
     Fault(
         "checkpoint-written-in-place",
